@@ -1,0 +1,73 @@
+# Every target does its own set-up: on a fresh clone, `make demo` and `make test` are enough.
+# Needed beforehand: make, and a Python of at least 3.11 (another than python3: make PYTHON=... demo).
+
+PYTHON ?= python3
+
+DEV  := .venv
+DEMO := .venv-demo
+DOCS := .venv-docs
+
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt
+OFFLINE     := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+PYTEST      := $(OFFLINE) $(DEV)/bin/python -m pytest
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-slow check fix bench docs clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: $(DEMO)/.installed ## caption the sample photos with the embedded model (base install, no torch)
+	@$(DEMO)/bin/diptych caption examples/photos --verbose
+
+test: $(DEV)/.installed ## run the tests, offline, and print the coverage
+	@$(PYTEST) --cov --cov-report=term
+
+test-slow: $(DEV)/.installed ## run the tests that take minutes, and those that need published weights
+	@$(PYTEST) -m '(slow or weights) and not gpu' --timeout 3600
+
+check: $(DEV)/.installed ## lint, format check and strict types; changes nothing
+	@$(DEV)/bin/ruff check .
+	@$(DEV)/bin/ruff format --check .
+	@$(DEV)/bin/mypy
+
+fix: $(DEV)/.installed ## let ruff repair and format what it can
+	@$(DEV)/bin/ruff check --fix .
+	@$(DEV)/bin/ruff format .
+
+bench: $(DEV)/.installed ## measure caption speed beside transformers
+	@$(OFFLINE) $(DEV)/bin/python benchmarks/caption_speed.py
+
+docs: $(DOCS)/.installed ## build the documentation into site/; a broken link fails
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+
+clean: ## remove build outputs and caches; virtual environments stay
+	@rm -rf build dist site .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find src tests benchmarks recipes examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp per environment: newer than pyproject.toml and constraints.txt means nothing to do.
+$(DEV)/.installed: pyproject.toml constraints.txt | $(DEV)/bin/python
+	@echo "installing diptych[test] into $(DEV) (takes minutes the first time)" >&2
+	@$(DEV)/bin/python $(PIP_INSTALL) -e '.[test]'
+	@touch $@
+
+$(DEMO)/.installed: pyproject.toml constraints.txt | $(DEMO)/bin/python
+	@echo "installing diptych into $(DEMO) (once)" >&2
+	@$(DEMO)/bin/python $(PIP_INSTALL) -e .
+	@touch $@
+
+$(DOCS)/.installed: pyproject.toml constraints.txt | $(DOCS)/bin/python
+	@echo "installing diptych[docs] into $(DOCS) (once)" >&2
+	@$(DOCS)/bin/python $(PIP_INSTALL) -e '.[docs]'
+	@touch $@
+
+# A half-made environment would look finished, so its python goes when anything fails.
+%/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "diptych needs Python 3.11 or newer; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)" >&2; \
+	  echo "name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $* || { \
+	  rm -f $@; \
+	  echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+.PRECIOUS: %/bin/python

@@ -1,0 +1,105 @@
+"""Read the training pictures into memory once and cut a fresh view of each at every step."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+STORED_SIZE = 160  # photos are kept a little larger than the crops that are cut from them
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Hold pictures [N, 3, H, W] uint8 and class numbers [N]."""
+
+    pixels: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """Hold photos [N, 3, H, W] uint8 and a list of captions each."""
+
+    pixels: Tensor
+    captions: list[list[str]]
+
+
+def tiny_imagenet(folder: Path, split: str) -> Labelled:
+    """Read one split of Tiny-ImageNet-200."""
+    index = np.load(folder / f"{split}_index.npz")
+    offset, data = index["offset"], (folder / f"{split}.bin").read_bytes()
+    pictures = [
+        np.asarray(Image.open(io.BytesIO(data[a:b])).convert("RGB"))
+        for a, b in zip(offset[:-1], offset[1:], strict=True)
+    ]
+    return Labelled(as_planes(pictures), torch.from_numpy(index["label"].astype(np.int64)))
+
+
+def captioned(folder: Path, splits: set[str], size: int = STORED_SIZE) -> Captioned:
+    """Read the photos and captions of some splits, each photo squashed to a square."""
+    rows = [json.loads(line) for line in (folder / "captions.jsonl").open(encoding="utf-8")]
+    rows = [row for row in rows if row["split"] in splits]
+    pictures = []
+    for row in rows:
+        with Image.open(folder / row["file"]) as photo:
+            squashed = photo.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+            pictures.append(np.asarray(squashed))
+    return Captioned(as_planes(pictures), [row["captions"] for row in rows])
+
+
+def as_planes(pictures: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def clean(caption: str) -> str:
+    """Keep the words of a caption: lower case, no punctuation but ' and - inside words."""
+    return " ".join(re.findall(r"[a-z0-9]+(?:['-][a-z0-9]+)*", caption.lower()))
+
+
+def views(
+    pixels: Tensor, size: int, smallest_crop: float, generator: torch.Generator
+) -> Tensor:
+    """Cut a random view of each picture [B, 3, H, W] uint8 and return [B, 3, size, size] in -1..1.
+
+    Width and height of the crop are drawn apart, so that the squashed photos of the training set
+    are seen in many aspect ratios; half of the views are mirrored, brightness, contrast and
+    saturation vary.
+    """
+    count = len(pixels)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(count, *shape, generator=generator) * (high - low) + low
+
+    scale = uniform(smallest_crop, 1.0, 2)
+    shift = (1 - scale) * uniform(-1.0, 1.0, 2)
+    mirror = (torch.rand(count, generator=generator) < 0.5).float() * -2 + 1
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = scale[:, 0] * mirror, scale[:, 1]
+    theta[:, :, 2] = shift
+    brightness, contrast = uniform(-0.25, 0.25, 1, 1, 1), uniform(0.7, 1.3, 1, 1, 1)
+    saturation = uniform(0.6, 1.4, 1, 1, 1)
+
+    device = pixels.device
+    grid = F.affine_grid(theta.to(device), [count, 3, size, size], align_corners=False)
+    picture = pixels.float() / 127.5 - 1
+    picture = F.grid_sample(picture, grid, padding_mode="reflection", align_corners=False)
+    grey = picture.mean(1, keepdim=True)
+    picture = grey + (picture - grey) * saturation.to(device)
+    return (picture * contrast.to(device) + brightness.to(device)).clamp(-1, 1)
+
+
+def plain(pixels: Tensor, size: int) -> Tensor:
+    """Resize pictures [B, 3, H, W] uint8 without any chance; [B, 3, size, size] in -1..1."""
+    picture = pixels.float()
+    if picture.shape[-1] != size:
+        picture = F.interpolate(picture, (size, size), mode="bilinear", antialias=True)
+    return picture / 127.5 - 1

@@ -1,0 +1,136 @@
+"""Stage 1: teach the encoder to see, by naming the 200 classes of Tiny-ImageNet.
+
+    python recipes/default_captioner/pretrain.py [config.toml]
+
+Stop it at any time: it goes on from the last finished epoch.
+"""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pictures import Labelled, plain, tiny_imagenet, views
+from state import Average, Log, decayed, learning_rate, load_state, save_state
+from torch import Tensor, nn
+
+from diptych.models.vit import ViT, ViTConfig
+
+
+class Classifier(nn.Module):
+    """Name a picture from the mean of the encoder's tokens."""
+
+    def __init__(self, config: ViTConfig, num_classes: int) -> None:
+        super().__init__()
+        self.encoder = ViT(config)
+        self.head = nn.Linear(config.hidden_size, num_classes)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        scores: Tensor = self.head(self.encoder(pixel_values).mean(1))
+        return scores
+
+
+def encoder_config(config: dict[str, Any]) -> ViTConfig:
+    values = dict(config["encoder"])
+    values["stem_channels"] = tuple(values["stem_channels"])
+    return ViTConfig(patch_size=2 ** len(values["stem_channels"]), layer_norm_eps=1e-6, **values)
+
+
+def initialise(module: nn.Module) -> None:
+    """Start linear layers and embeddings small (BERT's 0.02) and convolutions by fan-out."""
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.normal_(part.weight, std=0.02)
+            if isinstance(part, nn.Linear) and part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+        # Residual blocks start as the identity (Goyal et al. 2017).
+        if isinstance(part, nn.BatchNorm2d) and name.endswith("conv_2.1"):
+            nn.init.zeros_(part.weight)
+    for name, parameter in module.named_parameters():
+        if name.endswith(("cls_token", "position_embeddings")):
+            nn.init.normal_(parameter, std=0.02)
+
+
+@torch.no_grad()
+def accuracy(model: Classifier, data: Labelled, size: int, device: str) -> float:
+    model.eval()
+    right = 0
+    for pixels, labels in zip(data.pixels.split(250), data.labels.split(250), strict=True):
+        with torch.autocast(device, torch.bfloat16):
+            scores = model(plain(pixels.to(device), size))
+        right += int((scores.argmax(1).cpu() == labels).sum())
+    model.train()
+    return right / len(data.labels)
+
+
+def main(config: dict[str, Any]) -> None:
+    options, output = config["pretrain"], Path(config["output"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(config["seed"])
+    folder = Path(config["data"]) / "tiny_imagenet_64"
+    train, val = tiny_imagenet(folder, "train"), tiny_imagenet(folder, "val")
+    size, batch_size, epochs = (options[k] for k in ("image_size", "batch_size", "epochs"))
+
+    model = Classifier(replace(encoder_config(config), image_size=size), 200)
+    initialise(model)
+    model.to(device, memory_format=torch.channels_last)
+    average = Average(model, options["ema_decay"])
+    optimizer = torch.optim.AdamW(
+        decayed(model.named_parameters(), options["weight_decay"]), lr=0.0, fused=True
+    )
+    log, state = Log(output / "pretrain.jsonl"), output / "pretrain.safetensors"
+    first = 0
+    if state.exists():
+        first = load_state(state, model, average, optimizer)["epoch"] + 1
+    per_epoch = len(train.labels) // batch_size
+
+    for epoch in range(first, epochs):
+        # All chance of an epoch follows from its number: a resumed run equals an unbroken one.
+        chance = torch.Generator().manual_seed(config["seed"] * 1000 + epoch)
+        order, losses = torch.randperm(len(train.labels), generator=chance), []
+        for index in range(per_epoch):
+            chosen = order[index * batch_size : (index + 1) * batch_size]
+            pixels = views(
+                train.pixels[chosen].to(device), size, options["smallest_crop"], chance
+            ).contiguous(memory_format=torch.channels_last)
+            with torch.autocast(device, torch.bfloat16):
+                scores = model(pixels)
+            loss = F.cross_entropy(
+                scores.float(),
+                train.labels[chosen].to(device),
+                label_smoothing=options["label_smoothing"],
+            )
+            step = epoch * per_epoch + index
+            rate = learning_rate(step, epochs * per_epoch, options["warmup_steps"])
+            for group in optimizer.param_groups:
+                group["lr"] = options["learning_rate"] * rate
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            average.update(model)
+            losses.append(float(loss.detach()))
+        own = {name: value.clone() for name, value in model.state_dict().items()}
+        plain_accuracy = accuracy(model, val, size, device)
+        model.load_state_dict(average.tensors)
+        log.write(
+            stage="pretrain",
+            epoch=epoch,
+            loss=round(sum(losses) / len(losses), 4),
+            val_accuracy=round(plain_accuracy, 4),
+            val_accuracy_average=round(accuracy(model, val, size, device), 4),
+        )
+        model.load_state_dict(own)
+        save_state(state, model, average, optimizer, {"epoch": epoch})
+
+
+if __name__ == "__main__":
+    path = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "config.toml"
+    main(tomllib.loads(Path(path).read_text()))

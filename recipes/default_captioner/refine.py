@@ -1,0 +1,142 @@
+"""Stage 4: self-critical training (Rennie et al. 2017): reward captions by their CIDEr-D.
+
+    python recipes/default_captioner/refine.py [config.toml]
+
+Several captions are drawn a photo; each is judged against the mean of its siblings, so that the
+better ones become likelier. Starts from the best checkpoint of stage 3.
+"""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from captioning import (
+    IGNORED,
+    MAX_LENGTH,
+    image_cache,
+    new_model,
+    padded,
+    read_split,
+    rollout,
+    validate,
+    word_logits,
+)
+from pictures import views
+from state import Average, Log, decayed, learning_rate, load_state, read_average, save_state
+from torch import Tensor, nn
+
+from diptych.evaluation.caption_metrics import CiderD, tokenize_words
+from diptych.text import Gpt2Tokenizer
+
+
+def rewards(judge: CiderD, photos: list[int], texts: list[str], each: int) -> Tensor:
+    """Return [photos * each]: CIDEr-D of every caption against its photo's references."""
+    scores = [
+        judge.score(photos[index // each], tokenize_words(text)) for index, text in enumerate(texts)
+    ]
+    return torch.tensor(scores)
+
+
+def advantages(reward: Tensor, each: int) -> Tensor:
+    """Return how much better each caption is than the mean of its siblings."""
+    grouped = reward.unflatten(0, (-1, each))
+    siblings = (grouped.sum(1, keepdim=True) - grouped) / (each - 1)
+    return (grouped - siblings).flatten()
+
+
+def main(config: dict[str, Any]) -> None:
+    options, output = config["refine"], Path(config["output"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(config["seed"])
+    tokenizer = Gpt2Tokenizer.load(output / "tokenizer.json")
+    train, val = (read_split(config, tokenizer, training) for training in (True, False))
+    judge = CiderD([[tokenize_words(c) for c in several] for several in train.captions])
+
+    # Without dropout: what is drawn and what is learnt from must be the same distribution.
+    model = new_model(config).to(device)
+    start = read_average(output / "best.safetensors")
+    model.load_state_dict(
+        {k.removeprefix("model."): v for k, v in start.items() if k.startswith("model.")}
+    )
+    model.encoder.to(memory_format=torch.channels_last)
+    average = Average(model, options["ema_decay"])
+    optimizer = torch.optim.AdamW(
+        decayed(model.named_parameters(), 0.0), lr=0.0, betas=(0.9, 0.98), fused=True
+    )
+    log, state = Log(output / "refine.jsonl"), output / "refine.safetensors"
+    scores, texts = validate(model, val, tokenizer, device)
+    first, best = 0, scores["val_cider"]
+    if state.exists():
+        progress = load_state(state, model, average, optimizer)
+        first, best = progress["epoch"] + 1, progress["best"]
+    else:
+        log.write(stage="refine", epoch=-1, **scores, sample=texts[:3])
+    per_epoch = len(train.captions) // options["batch_size"]
+    size, each = config["encoder"]["image_size"], options["samples"]
+
+    for epoch in range(first, options["epochs"]):
+        chance = torch.Generator().manual_seed(config["seed"] * 2000 + epoch)
+        order, told = torch.randperm(len(train.captions), generator=chance), []
+        for index in range(per_epoch):
+            chosen = order[index * options["batch_size"] :][: options["batch_size"]]
+            pixels = views(
+                train.photos.pixels[chosen].to(device), size, options["smallest_crop"], chance
+            ).contiguous(memory_format=torch.channels_last)
+            # Statistics of the batches would drift with so few steps: keep those of stage 3.
+            model.eval()
+            with torch.autocast(device, torch.bfloat16):
+                cache = image_cache(model, model.encode(pixels))
+                rows = rollout(model, cache.detach(), each, chance)
+                inputs, targets = padded(rows)
+                # A caption cut off by the length limit did not choose to end.
+                for place, row in enumerate(rows):
+                    if len(row) >= MAX_LENGTH:
+                        targets[place, len(row)] = IGNORED
+                logits = word_logits(model, cache, inputs.to(device)).float()
+            texts = [tokenizer.decode(row) for row in rows]
+            reward = rewards(judge, chosen.tolist(), texts, each)
+            gain = advantages(reward, each).to(device)
+            cost = F.cross_entropy(
+                logits.flatten(0, 1),
+                targets.flatten().to(device),
+                ignore_index=IGNORED,
+                reduction="none",
+            ).view(targets.shape)
+            loss = (cost * gain[:, None]).sum() / (targets != IGNORED).sum()
+            rate = learning_rate(
+                epoch * per_epoch + index, options["epochs"] * per_epoch, options["warmup_steps"]
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = options["learning_rate"] * rate
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            average.update(model)
+            told.append(float(reward.mean()))
+        own = {name: value.clone() for name, value in model.state_dict().items()}
+        model.load_state_dict(average.tensors)
+        scores, texts = validate(model, val, tokenizer, device)
+        model.load_state_dict(own)
+        log.write(
+            stage="refine",
+            epoch=epoch,
+            reward=round(sum(told) / len(told), 4),
+            **scores,
+            sample=texts[:3],
+        )
+        progress = {"epoch": epoch, "best": max(best, scores["val_cider"])}
+        save_state(state, model, average, optimizer, progress)
+        if scores["val_cider"] > best:
+            best = scores["val_cider"]
+            save_state(output / "refined.safetensors", model, average, optimizer, progress)
+
+
+if __name__ == "__main__":
+    path = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "config.toml"
+    main(tomllib.loads(Path(path).read_text()))

@@ -1,0 +1,127 @@
+"""Keep what training needs to go on where it stopped: weights, averages, optimizer, progress."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+class Average:
+    """Follow a module's weights and buffers by an exponential moving average."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay, self.steps = decay, 0
+        self.tensors = {name: value.clone() for name, value in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        # The young average forgets faster, else the random start would linger in it.
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        for name, value in module.state_dict().items():
+            if value.is_floating_point():
+                self.tensors[name].lerp_(value, 1 - decay)
+            else:
+                self.tensors[name].copy_(value)
+
+
+def save_state(
+    path: Path,
+    module: nn.Module,
+    average: Average,
+    optimizer: torch.optim.Optimizer,
+    progress: dict[str, Any],
+) -> None:
+    """Write everything into one safetensors file, replacing the former one in one step."""
+    tensors: dict[str, Tensor] = {}
+    for prefix, named in (("module", module.state_dict()), ("average", average.tensors)):
+        tensors |= {f"{prefix}.{name}": value for name, value in named.items()}
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    note = json.dumps({**progress, "average_steps": average.steps})
+    packed = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in tensors.items()
+    }
+    save_file(packed, partial, {"progress": note})
+    os.replace(partial, path)
+
+
+def load_state(
+    path: Path, module: nn.Module, average: Average, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Read the file back into the three objects and return the progress."""
+    groups: dict[str, dict[str, Tensor]] = {"module": {}, "average": {}, "optimizer": {}}
+    with safe_open(path, "pt") as file:
+        progress: dict[str, Any] = json.loads(file.metadata()["progress"])
+        for key in file.keys():
+            prefix, name = key.split(".", 1)
+            groups[prefix][name] = file.get_tensor(key)
+    module.load_state_dict(groups["module"])
+    average.tensors = {k: v.to(average.tensors[k].device) for k, v in groups["average"].items()}
+    average.steps = progress["average_steps"]
+    state: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for key, value in groups["optimizer"].items():
+        index, name = key.split(".", 1)
+        like = parameters[int(index)]
+        # The fused optimizer wants its averages laid out in memory as the parameter is.
+        fits = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
+        state.setdefault(int(index), {})[name] = fits.detach()
+    whole = optimizer.state_dict()
+    optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
+    return progress
+
+
+def read_average(path: Path) -> dict[str, Tensor]:
+    """Return the averaged weights of a state file."""
+    with safe_open(path, "pt") as file:
+        return {
+            key.removeprefix("average."): file.get_tensor(key)
+            for key in file.keys()
+            if key.startswith("average.")
+        }
+
+
+def learning_rate(step: int, total: int, warmup: int) -> float:
+    """Return the share of the peak rate: linear warm-up, then a cosine down to zero."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+
+def decayed(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, **group: Any) -> list[Any]:
+    """Split parameters into those that decay (matrices) and those that do not."""
+    named = list(named)
+    matrix = [p for _, p in named if p.ndim > 1]
+    rest = [p for _, p in named if p.ndim <= 1]
+    return [
+        {"params": matrix, "weight_decay": weight_decay, **group},
+        {"params": rest, "weight_decay": 0.0, **group},
+    ]
+
+
+class Log:
+    """Write one JSON line a row, to a file and to the screen."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.start = path, time.time()
+
+    def write(self, **row: Any) -> None:
+        line = json.dumps({"seconds": round(time.time() - self.start, 1), **row})
+        with self.path.open("a") as file:
+            file.write(line + "\n")
+        print(line, flush=True)

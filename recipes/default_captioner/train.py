@@ -1,0 +1,155 @@
+"""Stage 3: teach encoder, bridge and decoder together to describe photos.
+
+    python recipes/default_captioner/train.py [config.toml]
+
+Stop it at any time: it goes on from the last finished epoch.
+"""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from captioning import (
+    IGNORED,
+    Split,
+    caption_batch,
+    image_cache,
+    new_model,
+    read_split,
+    take_encoder,
+    validate,
+    word_logits,
+)
+from pictures import views
+from state import Average, Log, decayed, learning_rate, load_state, read_average, save_state
+from torch import Tensor, nn
+
+from diptych.text import Gpt2Tokenizer
+
+COMMON = 60  # words so frequent that they say nothing of the picture
+NUM_WORDS = 600
+EACH = 5
+
+
+class Pupil(nn.Module):
+    """Join the captioner with a second head that names the words of the captions."""
+
+    def __init__(self, config: dict[str, Any], dropout: float) -> None:
+        super().__init__()
+        self.model = new_model(config, dropout)
+        self.words = nn.Linear(config["encoder"]["hidden_size"], NUM_WORDS)
+
+    def forward(self, pixels: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.model.encoder(pixels)
+        cache = image_cache(self.model, self.model.bridge(hidden))
+        return word_logits(self.model, cache, inputs), self.words(hidden.mean(1))
+
+
+def word_targets(split: Split) -> Tensor:
+    """Return [photos, NUM_WORDS]: the share of a photo's captions that use each telling word."""
+    counts = Counter(
+        word for several in split.captions for caption in several for word in set(caption.split())
+    )
+    ranked = [word for word, _ in counts.most_common(COMMON + NUM_WORDS)][COMMON:]
+    column = {word: index for index, word in enumerate(ranked)}
+    targets = torch.zeros(len(split.captions), NUM_WORDS)
+    for row, several in enumerate(split.captions):
+        for caption in several:
+            for word in set(caption.split()) & column.keys():
+                targets[row, column[word]] += 1 / len(several)
+    return targets
+
+
+def main(config: dict[str, Any]) -> None:
+    options, output = config["train"], Path(config["output"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(config["seed"])
+    tokenizer = Gpt2Tokenizer.load(output / "tokenizer.json")
+    train, val = (read_split(config, tokenizer, training) for training in (True, False))
+    targets_of_words = word_targets(train)
+
+    pupil = Pupil(config, options["dropout"])
+    pretrained = output / "pretrain.safetensors"
+    if pretrained.exists():
+        take_encoder(pupil.model, read_average(pretrained))
+    pupil.to(device)
+    pupil.model.encoder.to(memory_format=torch.channels_last)
+    average = Average(pupil, options["ema_decay"])
+    decay = options["weight_decay"]
+    encoder = set(pupil.model.encoder.parameters())
+    named = list(pupil.named_parameters())
+    groups = decayed([n for n in named if n[1] in encoder], decay, share="encoder_learning_rate")
+    groups += decayed([n for n in named if n[1] not in encoder], decay, share="learning_rate")
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
+
+    log, state = Log(output / "train.jsonl"), output / "train.safetensors"
+    first, best = 0, 0.0
+    if state.exists():
+        progress = load_state(state, pupil, average, optimizer)
+        first, best = progress["epoch"] + 1, progress["best"]
+    per_epoch = len(train.captions) // options["batch_size"]
+    size = config["encoder"]["image_size"]
+
+    for epoch in range(first, options["epochs"]):
+        chance = torch.Generator().manual_seed(config["seed"] * 1000 + epoch)
+        # Dropout draws from the global stream: it too must follow from the epoch alone.
+        torch.manual_seed(config["seed"] * 1000 + epoch)
+        order, losses = torch.randperm(len(train.captions), generator=chance), []
+        for index in range(per_epoch):
+            chosen = order[index * options["batch_size"] :][: options["batch_size"]]
+            pixels = views(
+                train.photos.pixels[chosen].to(device), size, options["smallest_crop"], chance
+            ).contiguous(memory_format=torch.channels_last)
+            inputs, targets = caption_batch([train.token_ids[i] for i in chosen], EACH, chance)
+            with torch.autocast(device, torch.bfloat16):
+                logits, words = pupil(pixels, inputs.to(device))
+            loss = F.cross_entropy(
+                logits.float().flatten(0, 1),
+                targets.flatten().to(device),
+                ignore_index=IGNORED,
+                label_smoothing=options["label_smoothing"],
+            )
+            # Summed over the words and divided by about as many as a photo has.
+            word_loss = F.binary_cross_entropy_with_logits(
+                words.float(), targets_of_words[chosen].to(device)
+            ) * (NUM_WORDS / 10)
+            rate = learning_rate(
+                epoch * per_epoch + index, options["epochs"] * per_epoch, options["warmup_steps"]
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = options[group["share"]] * rate
+            (loss + options["word_loss"] * word_loss).backward()
+            nn.utils.clip_grad_norm_(pupil.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            average.update(pupil)
+            losses.append((float(loss.detach()), float(word_loss.detach())))
+        own = {name: value.clone() for name, value in pupil.state_dict().items()}
+        pupil.load_state_dict(average.tensors)
+        scores, texts = validate(pupil.model, val, tokenizer, device)
+        pupil.load_state_dict(own)
+        caption_loss, word_loss_mean = (sum(part) / len(losses) for part in zip(*losses, strict=True))
+        log.write(
+            stage="train",
+            epoch=epoch,
+            loss=round(caption_loss, 4),
+            word_loss=round(word_loss_mean, 4),
+            **scores,
+            sample=texts[:3],
+        )
+        progress = {"epoch": epoch, "best": max(best, scores["val_cider"])}
+        save_state(state, pupil, average, optimizer, progress)
+        if scores["val_cider"] > best:
+            best = scores["val_cider"]
+            save_state(output / "best.safetensors", pupil, average, optimizer, progress)
+
+
+if __name__ == "__main__":
+    path = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "config.toml"
+    main(tomllib.loads(Path(path).read_text()))

@@ -1,0 +1,46 @@
+"""Turn pictures into words and words into pictures, on one's own machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from diptych.errors import DiptychError as DiptychError
+    from diptych.image_to_text.captioner import Caption as Caption
+    from diptych.image_to_text.captioner import Captioner as Captioner
+    from diptych.image_to_text.captioner import caption as caption
+    from diptych.image_to_text.captioner import export as export
+    from diptych.image_to_text.options import CaptionOptions as CaptionOptions
+    from diptych.image_to_text.pipeline import pipeline as pipeline
+    from diptych.weights.catalog import available_models as available_models
+
+# Public name → the module that defines it; imported when first used, so that `import diptych`
+# costs next to nothing.
+_HOMES = {
+    "Caption": "diptych.image_to_text.captioner",
+    "CaptionOptions": "diptych.image_to_text.options",
+    "Captioner": "diptych.image_to_text.captioner",
+    "DiptychError": "diptych.errors",
+    "available_models": "diptych.weights.catalog",
+    "caption": "diptych.image_to_text.captioner",
+    "export": "diptych.image_to_text.captioner",
+    "pipeline": "diptych.image_to_text.pipeline",
+}
+
+__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'diptych' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

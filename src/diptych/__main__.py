@@ -1,0 +1,5 @@
+"""Run the command line: `python -m diptych` is `diptych`."""
+
+from diptych.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Measure captions and pictures against references."""

@@ -1,0 +1,154 @@
+"""Measure a captioner on pictures with human captions, beside baselines that see nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diptych.errors import BadInput
+from diptych.evaluation.caption_metrics import CaptionScores, bootstrap_interval, score_captions
+
+__all__ = ["CaptionReport", "Described", "read_captions", "read_references", "report"]
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """Hold a picture's path and what people wrote about it."""
+
+    path: Path
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionReport:
+    """Hold a captioner's scores, their 95 % interval, and those of two blind baselines.
+
+    `blind` are the same captions dealt to the wrong pictures: what fluent words without sight are
+    worth. `constant` is the single caption that fits best everywhere.
+    """
+
+    scores: CaptionScores
+    cider_d_interval: tuple[float, float]
+    blind: CaptionScores
+    constant: CaptionScores
+    constant_caption: str
+    num_different: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            **self.scores.as_dict(),
+            "cider_d_interval": list(self.cider_d_interval),
+            "num_different": self.num_different,
+            "blind": self.blind.as_dict(),
+            "constant": {"caption": self.constant_caption, **self.constant.as_dict()},
+        }
+
+
+def read_references(path: Path, images: Path | None = None, split: str = "") -> list[Described]:
+    """Read JSON lines with `file` and `captions` (or `file_name` and `text`), and maybe `split`.
+
+    Picture paths are relative to `images`, by default the file's own folder. With `split` only
+    rows of that split are read. Raises `BadInput` naming the line that cannot be used.
+    """
+    folder = path.parent if images is None else images
+    described = []
+    for number, row in _json_lines(path):
+        if split and row.get("split") != split:
+            continue
+        name = row.get("file", row.get("file_name"))
+        captions = row.get("captions", row.get("text"))
+        captions = [captions] if isinstance(captions, str) else captions
+        if not isinstance(name, str) or not _are_texts(captions):
+            raise BadInput(
+                f"{path}, line {number}: needs a picture's 'file' and its 'captions', a list of "
+                "at least one text"
+            )
+        described.append(Described(folder / name, tuple(captions)))
+    if not described:
+        where = f" with split {split!r}" if split else ""
+        raise BadInput(f"{path}: has no captions{where}")
+    return described
+
+
+def read_captions(path: Path, described: Sequence[Described]) -> list[str]:
+    """Read the captions to be judged, one a picture, as `diptych caption --format jsonl` writes.
+
+    Rows are matched by `file`; the order does not matter. Raises `BadInput` where one is missing.
+    """
+    found: dict[str, str] = {}
+    for number, row in _json_lines(path):
+        name, text = row.get("file"), row.get("text", "" if "error" in row else None)
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise BadInput(f"{path}, line {number}: needs 'file' and 'text'")
+        found[name] = found[Path(name).name] = text
+    captions = []
+    for each in described:
+        text = found.get(str(each.path), found.get(each.path.name))
+        if text is None:
+            raise BadInput(f"{path}: has no caption for {each.path.name}")
+        captions.append(text)
+    return captions
+
+
+def report(
+    captions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    seed: int = 0,
+    tokenizer: Callable[[str], list[str]] | None = None,
+) -> CaptionReport:
+    """Score `captions` against several `references` each, and the blind baselines beside them."""
+    options: dict[str, Any] = {} if tokenizer is None else {"tokenizer": tokenizer}
+    scores = score_captions(captions, references, **options)
+    # A shuffle that gives every picture another picture's caption: one long cycle.
+    order = np.random.default_rng(seed).permutation(len(captions))
+    dealt = [""] * len(captions)
+    for here, there in zip(order, np.roll(order, 1), strict=True):
+        dealt[here] = captions[there]
+    constant, constant_scores = _best_constant(captions, references, options)
+    return CaptionReport(
+        scores=scores,
+        cider_d_interval=bootstrap_interval(scores.cider_d_per_image, seed=seed),
+        blind=score_captions(dealt, references, **options),
+        constant=constant_scores,
+        constant_caption=constant,
+        num_different=len(set(captions)),
+    )
+
+
+def _best_constant(
+    captions: Sequence[str], references: Sequence[Sequence[str]], options: dict[str, Any]
+) -> tuple[str, CaptionScores]:
+    """Try the captions that were given most often, each for every picture."""
+    counts: dict[str, int] = {}
+    for text in captions:
+        counts[text] = counts.get(text, 0) + 1
+    tried = sorted(counts, key=lambda text: -counts[text])[:10]
+    scored = [(text, score_captions([text] * len(captions), references, **options)) for text in tried]
+    return max(scored, key=lambda pair: pair[1].cider_d)
+
+
+def _json_lines(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot be read as text ({error})") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise BadInput(f"{path}, line {number}: is not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise BadInput(f"{path}, line {number}: is not a JSON object")
+        yield number, row
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)

@@ -1,0 +1,625 @@
+"""Caption pictures: the object users hold, and what it hands back."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self, overload
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from diptych.errors import BadImage, BadInput
+from diptych.image_to_text import decoding
+from diptych.image_to_text.options import CaptionOptions
+from diptych.images import Alpha, ImageInput, ImageLimits, Preprocessing, preprocess
+from diptych.runtimes.network import Network, OpenNetworks, open_networks
+from diptych.text import Gpt2Tokenizer
+from diptych.weights.files import ModelFolder, describe
+from diptych.weights.hub import resolve
+
+__all__ = ["Caption", "Captioner", "OnError", "caption", "export"]
+
+OnError = Literal["keep", "raise"]
+
+
+@dataclass(frozen=True, slots=True)
+class Caption:
+    """Hold the words for one picture.
+
+    `token_ids` are the generated ids without start token and prompt; `token_logprobs` the model's
+    log-probability of each; `score` what the search ranked by (with beams transformers'
+    `sequences_scores`, else the mean log-probability). `alternatives` are the further captions
+    of `num_return_sequences`, best first. `error` is set, and the text empty, for a picture of a
+    list that could not be read.
+    """
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    score: float = math.nan
+    token_logprobs: tuple[float, ...] = ()
+    alternatives: tuple[Caption, ...] = ()
+    options: CaptionOptions | None = None
+    error: BadImage | None = None
+    _view: _View | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def probability(self) -> float:
+        """Return the geometric mean of the tokens' probabilities, 0..1; nan without tokens."""
+        if not self.token_logprobs:
+            return math.nan
+        return math.exp(sum(self.token_logprobs) / len(self.token_logprobs))
+
+    @property
+    def words(self) -> list[str]:
+        """Return the words of the text, in order."""
+        return [match.group() for match in _WORD.finditer(self.text)]
+
+    def heatmap(self, word: str | int | None = None) -> NDArray[np.float32]:
+        """Return where the decoder looked, [h, w] over the picture's patches, mean of layers.
+
+        `word` is a word of the text (its first occurrence), its number from 0 in `words`, or None
+        for the mean of all. The picture is read and encoded once more, for nothing is kept of it.
+        Raises `BadInput` for a word that is not in the caption.
+        """
+        if self._view is None:
+            raise BadInput(f"{self.text!r} was not made from a picture at hand: caption it anew")
+        return self._view.captioner._look(self, self._view, word)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold: text, probability, score, tokens, alternatives or the error."""
+        if self.error is not None:
+            return {"error": self.error.reason}
+        record: dict[str, Any] = {
+            "text": self.text,
+            "probability": self.probability,
+            "score": self.score,
+            "token_ids": list(self.token_ids),
+            "token_logprobs": list(self.token_logprobs),
+        }
+        if self.alternatives:
+            record["alternatives"] = [other.as_dict() for other in self.alternatives]
+        return record
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A caption that travels to another process leaves its captioner behind.
+        values = (self.text, self.token_ids, self.score, self.token_logprobs)
+        return type(self), (*values, self.alternatives, self.options, self.error)
+
+
+_WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """Say how pictures are to be read."""
+
+    alpha: Alpha
+    limits: ImageLimits
+    allow_urls: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """Remember which picture a caption was made from, and by whom."""
+
+    captioner: Captioner
+    image: ImageInput
+    reading: _Reading
+
+
+class Captioner:
+    """Describe pictures in words with a ViT encoder and a GPT-2 decoder."""
+
+    def __init__(
+        self,
+        networks: OpenNetworks,
+        tokenizer: Gpt2Tokenizer,
+        preprocessing: Preprocessing,
+        model: ModelFolder,
+    ) -> None:
+        self.networks = networks
+        self.tokenizer = tokenizer
+        self.preprocessing = preprocessing
+        self.model = model
+        generation = model.generation
+        self._start = _one_id(generation, "decoder_start_token_id", "bos_token_id", "eos_token_id")
+        self._eos = _ids(generation.get("eos_token_id"))
+        self._positions = int(model.config["decoder"]["max_position_embeddings"])
+        if model.config["bridge"] == "prefix":
+            self._positions -= _num_image_tokens(model)
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | Path = "default",
+        *,
+        runtime: str = "auto",
+        device: str = "auto",
+        dtype: str = "auto",
+        revision: str | None = None,
+    ) -> Self:
+        """Load a captioner by name: "default", a folder, or a hub id.
+
+        `runtime` is auto, onnxruntime or torch; `device` auto, cpu, cuda, …; `dtype` auto, float32,
+        bfloat16 or float16. Raises `UnknownModel`, `UnsupportedModel`, `WeightsMismatch`,
+        `MissingExtra`, or `BadInput` for a combination that cannot be.
+        """
+        model = resolve(name_or_path, revision=revision)
+        return cls.from_model(model, runtime=runtime, device=device, dtype=dtype)
+
+    @classmethod
+    def from_model(
+        cls, model: ModelFolder, *, runtime: str = "auto", device: str = "auto", dtype: str = "auto"
+    ) -> Self:
+        """Load a captioner from a folder that was already looked into."""
+        networks = open_networks(model, runtime=runtime, device=device, dtype=dtype)
+        tokenizer = Gpt2Tokenizer.load(model.tokenizer)
+        return cls(networks, tokenizer, Preprocessing.from_config(model.preprocessing), model)
+
+    @property
+    def options(self) -> CaptionOptions:
+        """Return the options that hold where the caller sets none: the model's own."""
+        return CaptionOptions().resolve(self.model.generation)
+
+    @overload
+    def caption(
+        self,
+        images: ImageInput,
+        options: CaptionOptions | None = ...,
+        *,
+        batch_size: int = ...,
+        on_error: OnError = ...,
+        alpha: Alpha = ...,
+        limits: ImageLimits = ...,
+        allow_urls: bool = ...,
+        **overrides: Any,
+    ) -> Caption: ...
+
+    @overload
+    def caption(
+        self,
+        images: Iterable[ImageInput],
+        options: CaptionOptions | None = ...,
+        *,
+        batch_size: int = ...,
+        on_error: OnError = ...,
+        alpha: Alpha = ...,
+        limits: ImageLimits = ...,
+        allow_urls: bool = ...,
+        **overrides: Any,
+    ) -> list[Caption]: ...
+
+    def caption(
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        options: CaptionOptions | None = None,
+        *,
+        batch_size: int = 8,
+        on_error: OnError = "keep",
+        alpha: Alpha = "white",
+        limits: ImageLimits | None = None,
+        allow_urls: bool = False,
+        **overrides: Any,
+    ) -> Caption | list[Caption]:
+        """Caption one picture, or each of a list.
+
+        `overrides` are words of `CaptionOptions` and win over `options`. A single picture that
+        cannot be read raises `BadImage`; in a list its place holds a `Caption` with `error` set
+        and the others go on, unless `on_error="raise"`.
+        """
+        single = _is_single(images)
+        several: list[Any] = [images] if single else list(images)
+        if not several:
+            raise BadInput("the list of images is empty: give at least one picture")
+        made = list(
+            self.captions(
+                several,
+                options,
+                batch_size=batch_size,
+                on_error="raise" if single else on_error,
+                alpha=alpha,
+                limits=limits,
+                allow_urls=allow_urls,
+                **overrides,
+            )
+        )
+        return made[0] if single else made
+
+    def captions(
+        self,
+        images: Iterable[ImageInput],
+        options: CaptionOptions | None = None,
+        *,
+        batch_size: int = 8,
+        on_error: OnError = "keep",
+        alpha: Alpha = "white",
+        limits: ImageLimits | None = None,
+        allow_urls: bool = False,
+        **overrides: Any,
+    ) -> Iterator[Caption]:
+        """Yield the caption of each picture in order, reading `batch_size` pictures at a time.
+
+        As `caption` with a list, for collections that do not fit in memory.
+        """
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise BadInput(f"batch_size is {batch_size!r}: give a whole number of 1 or more")
+        if on_error not in ("keep", "raise"):
+            raise BadInput(f"on_error is {on_error!r}: give 'keep' or 'raise'")
+        resolved = self._resolve(options, overrides)
+        self._search_options(resolved)  # a wrong length is told before any picture is read
+        reading = _Reading(alpha, limits or ImageLimits(), bool(allow_urls))
+        return self._caption_all(iter(images), resolved, batch_size, on_error, reading)
+
+    def stream(
+        self,
+        image: ImageInput,
+        options: CaptionOptions | None = None,
+        *,
+        alpha: Alpha = "white",
+        limits: ImageLimits | None = None,
+        allow_urls: bool = False,
+        **overrides: Any,
+    ) -> Iterator[str]:
+        """Yield the caption of one picture piece by piece, as soon as each is certain.
+
+        The pieces add up to `caption(image, …).text`. Greedy search and sampling settle every
+        word at once; beam search settles those that all beams share.
+        """
+        resolved = self._resolve(options, overrides)
+        if _returned(resolved) > 1:
+            raise BadInput(
+                f"num_return_sequences is {resolved.num_return_sequences}, but only one caption "
+                "can be streamed: give num_return_sequences=1"
+            )
+        search_options, prompt = self._search_options(resolved)
+        reading = _Reading(alpha, limits or ImageLimits(), bool(allow_urls))
+        pixels = self._pixels(image, reading)
+        return self._stream(pixels, resolved, search_options, prompt)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the model as a checkpoint that transformers loads too. Needs the torch extra."""
+        from diptych.runtimes.network import require_torch
+
+        require_torch("saving a checkpoint")
+        from diptych.weights.load import load_captioner
+        from diptych.weights.save import save_captioner
+
+        save_captioner(
+            load_captioner(self.model),
+            Path(folder),
+            preprocessing=self.preprocessing.to_config(),
+            generation=self.model.generation,
+            tokenizer=self.model.tokenizer,
+        )
+
+    def export(
+        self,
+        folder: str | Path,
+        *,
+        quantize: str | None = None,
+        images: Sequence[ImageInput] | None = None,
+    ) -> dict[str, Any]:
+        """Write the model as ONNX graphs that run without torch, and compare the words of both.
+
+        `quantize` is None or "int8". `images` are pictures to compare on; without them seeded
+        ones are made. Returns the content of `export.json`. Needs the export extra.
+        """
+        from diptych.runtimes.network import require_torch
+
+        require_torch("exporting a model", "export")
+        from diptych.runtimes.export import export_captioner
+        from diptych.weights.load import load_captioner
+
+        pixels = None
+        if images is not None:
+            pixels = [preprocess(image, self.preprocessing) for image in images]
+        return export_captioner(
+            load_captioner(self.model),
+            Path(folder),
+            preprocessing=self.preprocessing.to_config(),
+            generation=self.model.generation,
+            tokenizer=self.model.tokenizer,
+            source={"name": self.model.name, "revision": self.model.revision},
+            images=pixels,
+            quantize=quantize,
+        )
+
+    # Hops of a caption ------------------------------------------------------------------------
+
+    def _resolve(
+        self, options: CaptionOptions | None, overrides: Mapping[str, Any]
+    ) -> CaptionOptions:
+        asked = (options or CaptionOptions()).replace(**overrides)
+        return asked.resolve(self.model.generation)
+
+    def _search_options(
+        self, options: CaptionOptions
+    ) -> tuple[decoding.SearchOptions, tuple[int, ...]]:
+        prompt = (self._start, *self.tokenizer.encode(options.prompt.rstrip()))
+        return options.for_search(len(prompt), self._positions), prompt
+
+    def _pixels(self, image: ImageInput, reading: _Reading) -> NDArray[np.float32]:
+        return preprocess(
+            image,
+            self.preprocessing,
+            alpha=reading.alpha,
+            limits=reading.limits,
+            allow_urls=reading.allow_urls,
+        )
+
+    def _caption_all(
+        self,
+        images: Iterator[ImageInput],
+        options: CaptionOptions,
+        batch_size: int,
+        on_error: OnError,
+        reading: _Reading,
+    ) -> Iterator[Caption]:
+        done = 0
+        while batch := _take(images, batch_size):
+            captions: list[Caption | None] = [None] * len(batch)
+            read: list[tuple[int, NDArray[np.float32]]] = []
+            for place, image in enumerate(batch):
+                try:
+                    read.append((place, self._pixels(image, reading)))
+                except BadImage as error:
+                    if on_error == "raise":
+                        raise
+                    captions[place] = Caption("", options=options, error=error)
+            for group in _same_size(read):
+                places = [place for place, _ in group]
+                own = options
+                if options.seed is not None:
+                    # Image i draws from stream seed + i, whatever the batches.
+                    own = options.replace(seed=options.seed + done)
+                found = self._search([pixels for _, pixels in group], own, places)
+                for place, hypotheses in zip(places, found, strict=True):
+                    view = _View(self, batch[place], reading)
+                    if own.seed is not None:
+                        own = options.replace(seed=(options.seed or 0) + done + place)
+                    captions[place] = self._caption(hypotheses, own, view)
+            done += len(batch)
+            yield from (caption for caption in captions if caption is not None)
+
+    def _search(
+        self, pixels: list[NDArray[np.float32]], options: CaptionOptions, places: list[int]
+    ) -> list[list[decoding.Hypothesis]]:
+        search_options, prompt = self._search_options(options)
+        if options.do_sample and places != list(range(len(places))):
+            # Unreadable neighbours must not shift the streams of the others.
+            return [
+                self._search([own], options.replace(seed=(options.seed or 0) + place), [0])[0]
+                for own, place in zip(pixels, places, strict=True)
+            ]
+        return decoding.search(
+            self._step(np.stack(pixels)),
+            num_images=len(pixels),
+            prompt_ids=prompt,
+            options=search_options,
+            eos_token_ids=self._eos,
+        )
+
+    def _step(self, pixel_values: NDArray[np.float32]) -> _Step:
+        (bridged,) = self.networks["encoder"](pixel_values=pixel_values)
+        return _Step(self.networks["decoder"], self.model.config["bridge"], bridged)
+
+    def _stream(
+        self,
+        pixels: NDArray[np.float32],
+        options: CaptionOptions,
+        search_options: decoding.SearchOptions,
+        prompt: tuple[int, ...],
+    ) -> Iterator[str]:
+        pieces = decoding.stream(
+            self._step(pixels[None]),
+            prompt_ids=prompt,
+            options=search_options,
+            eos_token_ids=self._eos,
+        )
+
+        def token_ids() -> Iterator[int]:
+            yield from prompt[1:]
+            for piece in pieces:
+                yield from piece
+
+        text = self.tokenizer.stream(token_ids())
+        return _stripped(text) if options.strip else text
+
+    def _caption(
+        self, hypotheses: list[decoding.Hypothesis], options: CaptionOptions, view: _View
+    ) -> Caption:
+        prompt = self.tokenizer.encode(options.prompt.rstrip())
+        captions = []
+        for hypothesis in hypotheses:
+            text = self.tokenizer.decode([*prompt, *hypothesis.token_ids])
+            captions.append(
+                Caption(
+                    text=text.strip() if options.strip else text,
+                    token_ids=hypothesis.token_ids,
+                    score=hypothesis.score,
+                    token_logprobs=hypothesis.token_logprobs,
+                    options=options,
+                    _view=view,
+                )
+            )
+        best, *others = captions
+        if not others:
+            return best
+        return Caption(
+            best.text,
+            best.token_ids,
+            best.score,
+            best.token_logprobs,
+            tuple(others),
+            options,
+            None,
+            view,
+        )
+
+    def _look(self, caption: Caption, view: _View, word: str | int | None) -> NDArray[np.float32]:
+        prompt = self.tokenizer.encode(caption.options.prompt.rstrip()) if caption.options else []
+        written = [*prompt, *caption.token_ids]
+        chosen = self._tokens_of(caption, written, word)
+        bridge = self.model.config["bridge"]
+        (bridged,) = self.networks["encoder"](pixel_values=self._pixels(view.image, view.reading)[None])
+        # Token t was chosen from the position before it, which is input t behind the start token.
+        (seen,) = self.networks["decoder"](
+            ("image_attention",),
+            input_ids=np.array([[self._start, *written[:-1]]], np.int64),
+            past_key_values=None,
+            **{_BRIDGED[bridge]: bridged},
+        )
+        patches = _patch_grid(self.model)
+        weights = np.asarray(seen, np.float32)[0, chosen].mean(0)
+        return weights[-patches[0] * patches[1] :].reshape(patches)
+
+    def _tokens_of(self, caption: Caption, written: list[int], word: str | int | None) -> list[int]:
+        text = self.tokenizer.decode(written)
+        matches = list(_WORD.finditer(text))
+        if isinstance(word, int):
+            matches = matches[word : word + 1] if 0 <= word < len(matches) else []
+        elif word is not None:
+            matches = [m for m in matches if m.group().casefold() == word.casefold()][:1]
+        tokens = [
+            index
+            for index, (start, end) in enumerate(self.tokenizer.spans(written))
+            if any(start < match.end() and match.start() < end for match in matches)
+        ]
+        if not tokens:
+            raise BadInput(f"{word!r} is not a word of the caption {caption.text!r}")
+        return tokens
+
+
+def caption(
+    images: ImageInput | Iterable[ImageInput], model: str | Path = "default", **options: Any
+) -> Caption | list[Caption]:
+    """Load `model` and caption one picture or a list; see `Captioner.caption` for the options.
+
+    To caption more than once, load a `Captioner` and keep it.
+    """
+    return Captioner.load(model).caption(images, **options)
+
+
+def export(
+    model: str | Path,
+    folder: str | Path,
+    *,
+    quantize: str | None = None,
+    revision: str | None = None,
+) -> dict[str, Any]:
+    """Export a captioner as ONNX graphs; see `Captioner.export`. Needs the export extra."""
+    from diptych.runtimes.network import require_torch
+
+    require_torch("exporting a model", "export")
+    # The published weights are what is exported, not an artifact that lies beside them.
+    captioner = Captioner.load(model, runtime="torch", revision=revision)
+    return captioner.export(folder, quantize=quantize)
+
+
+_BRIDGED = {"cross-attention": "cross_key_values", "prefix": "prefix_embeds"}
+
+
+class _Step:
+    """Run the decoder behind `decoding.Step`: hold the cache, gather it by parents."""
+
+    def __init__(self, decoder: Network, bridge: str, bridged: Any) -> None:
+        self.decoder, self.name, self.bridged = decoder, _BRIDGED[bridge], bridged
+        self.past: Any = None
+        self.rows_per_image = 1
+        self.images = 0
+
+    def __call__(
+        self, token_ids: NDArray[np.int64], parents: NDArray[np.int64] | None
+    ) -> NDArray[np.float32]:
+        if parents is None:
+            self.images = len(token_ids)
+        else:
+            self._follow(parents)
+        logits, self.past = self.decoder(
+            input_ids=token_ids, past_key_values=self.past, **{self.name: self.bridged}
+        )
+        if self.name == "prefix_embeds":
+            self.bridged = None  # the picture is in the cache now
+        scores: NDArray[np.float32] = logits
+        return scores
+
+    def _follow(self, parents: NDArray[np.int64]) -> None:
+        """Reorder the cache, and forget the pictures that are done."""
+        images = parents // self.rows_per_image
+        kept = images[np.flatnonzero(np.diff(images, prepend=-1))]
+        if self.bridged is not None and len(kept) < self.images:
+            self.bridged = self.bridged[:, :, kept]
+        rows = self.images * self.rows_per_image
+        self.images, self.rows_per_image = len(kept), len(parents) // len(kept)
+        if len(parents) != rows or (parents != np.arange(rows)).any():
+            self.past = self.past[:, :, parents]
+
+
+def _is_single(images: object) -> bool:
+    if isinstance(images, np.ndarray):
+        return images.ndim < 4  # a fourth axis is a batch
+    if isinstance(images, str | bytes | bytearray | Path | Image.Image) or hasattr(images, "read"):
+        return True
+    return hasattr(images, "__fspath__") or not isinstance(images, Iterable)
+
+
+def _take(images: Iterator[ImageInput], count: int) -> list[ImageInput]:
+    return [image for _, image in zip(range(count), images, strict=False)]
+
+
+def _same_size(
+    read: list[tuple[int, NDArray[np.float32]]],
+) -> list[list[tuple[int, NDArray[np.float32]]]]:
+    """Group pictures that can be stacked: all of them, but for processors that keep the shape."""
+    groups: dict[tuple[int, ...], list[tuple[int, NDArray[np.float32]]]] = {}
+    for place, pixels in read:
+        groups.setdefault(pixels.shape, []).append((place, pixels))
+    return list(groups.values())
+
+
+def _returned(options: CaptionOptions) -> int:
+    return options.num_return_sequences or 1
+
+
+def _stripped(pieces: Iterable[str]) -> Iterator[str]:
+    """Strip a text that arrives in pieces: white space waits until something follows it."""
+    waiting, begun = "", False
+    for piece in pieces:
+        text = waiting + piece
+        if not begun:
+            text = text.lstrip()
+        kept = text.rstrip()
+        waiting = text[len(kept) :]
+        if kept:
+            begun = True
+            yield kept
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, Sequence) else (int(value),)
+
+
+def _one_id(generation: Mapping[str, Any], *names: str) -> int:
+    for name in names:
+        if ids := _ids(generation.get(name)):
+            return ids[0]
+    raise BadInput(f"the model's generation config names no start token: set {names[0]} in it")
+
+
+def _num_image_tokens(model: ModelFolder) -> int:
+    encoder = model.config["encoder"]
+    height, width = _patch_grid(model)
+    return height * width + 1 + bool(encoder.get("distillation_token", False))
+
+
+def _patch_grid(model: ModelFolder) -> tuple[int, int]:
+    encoder = model.config["encoder"]
+    side = int(encoder["image_size"]) // int(encoder["patch_size"])
+    return side, side

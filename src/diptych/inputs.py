@@ -1,0 +1,73 @@
+"""Find pictures: files, folders, globs, addresses and standard input in one list."""
+
+from __future__ import annotations
+
+import glob
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diptych.errors import BadInput
+
+__all__ = ["PICTURE_SUFFIXES", "Picture", "find_pictures"]
+
+# What a folder is searched for; a file that is named is read whatever it is called.
+PICTURE_SUFFIXES = frozenset(
+    ".avif .bmp .gif .ico .jfif .jp2 .jpe .jpeg .jpg .pgm .png .pnm .ppm .qoi .tga .tif .tiff "
+    ".webp".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Hold what to read, and what to call it."""
+
+    name: str
+    source: str | Path | bytes
+
+
+def find_pictures(paths: Sequence[str]) -> list[Picture]:
+    """Return the pictures that `paths` name, folders with all below them, sorted by name.
+
+    A missing file stays in the list: reading it tells what is wrong with it, and the others go on.
+    Raises `BadInput` for a folder or pattern without pictures.
+    """
+    if not paths:
+        raise BadInput("no pictures given: name files, folders or globs, or - for standard input")
+    found = [picture for path in paths for picture in _expand(path)]
+    # The same file twice (`*.jpg photo.jpg`) is captioned once.
+    return list({picture.name: picture for picture in found}.values())
+
+
+def _expand(path: str) -> Iterator[Picture]:
+    if path == "-":
+        if sys.stdin is None or sys.stdin.isatty():
+            raise BadInput("- reads a picture from standard input: pipe one in")
+        yield Picture("<stdin>", sys.stdin.buffer.read())
+    elif path.startswith(("http://", "https://", "data:")):
+        yield Picture(path if len(path) < 200 else path[:60] + "…", path)
+    elif Path(path).is_dir():
+        yield from _in_folder(Path(path))
+    elif not Path(path).exists() and glob.has_magic(path):
+        matches = sorted(glob.glob(path, recursive=True))
+        if not matches:
+            raise BadInput(f"{path}: no file matches this pattern")
+        for match in matches:
+            if Path(match).is_dir():
+                yield from _in_folder(Path(match))
+            else:
+                yield Picture(match, Path(match))
+    else:
+        yield Picture(path, Path(path))
+
+
+def _in_folder(folder: Path) -> Iterator[Picture]:
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file()
+    )
+    if not files:
+        raise BadInput(f"{folder}: no pictures in this folder or below it")
+    yield from (Picture(str(file), file) for file in files)

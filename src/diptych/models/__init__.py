@@ -1,0 +1,1 @@
+"""Networks only: one `nn.Module` and its config a file; no files, no device logic."""
