@@ -1,4 +1,4 @@
-"""Hold what the two captioning stages share: the model, batches of captions, generating, scoring."""
+"""Hold what the captioning stages share: model, batches, generating, scoring."""
 
 from __future__ import annotations
 
@@ -69,9 +69,7 @@ def read_split(config: dict[str, Any], tokenizer: Gpt2Tokenizer, training: bool)
     photos = captioned(data / "flickr8k_224", {"train", "extra"} if training else {"val"})
     if training:
         more = captioned(data / "pascal_sentences_224", {"train"})
-        photos = Captioned(
-            torch.cat([photos.pixels, more.pixels]), photos.captions + more.captions
-        )
+        photos = Captioned(torch.cat([photos.pixels, more.pixels]), photos.captions + more.captions)
     captions = [[clean(caption) for caption in several] for several in photos.captions]
     ids = [[tokenizer.encode(c)[: MAX_LENGTH - 1] for c in several] for several in captions]
     return Split(photos, captions, ids)

@@ -6,6 +6,7 @@ import io
 import json
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +39,7 @@ def tiny_imagenet(folder: Path, split: str) -> Labelled:
     index = np.load(folder / f"{split}_index.npz")
     offset, data = index["offset"], (folder / f"{split}.bin").read_bytes()
     pictures = [
-        np.asarray(Image.open(io.BytesIO(data[a:b])).convert("RGB"))
-        for a, b in zip(offset[:-1], offset[1:], strict=True)
+        np.asarray(Image.open(io.BytesIO(data[a:b])).convert("RGB")) for a, b in pairwise(offset)
     ]
     return Labelled(as_planes(pictures), torch.from_numpy(index["label"].astype(np.int64)))
 
@@ -65,9 +65,7 @@ def clean(caption: str) -> str:
     return " ".join(re.findall(r"[a-z0-9]+(?:['-][a-z0-9]+)*", caption.lower()))
 
 
-def views(
-    pixels: Tensor, size: int, smallest_crop: float, generator: torch.Generator
-) -> Tensor:
+def views(pixels: Tensor, size: int, smallest_crop: float, generator: torch.Generator) -> Tensor:
     """Cut a random view of each picture [B, 3, H, W] uint8 and return [B, 3, size, size] in -1..1.
 
     Width and height of the crop are drawn apart, so that the squashed photos of the training set

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -56,7 +55,7 @@ def save_state(
         for name, value in tensors.items()
     }
     save_file(packed, partial, {"progress": note})
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def load_state(
@@ -102,7 +101,9 @@ def learning_rate(step: int, total: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
 
 
-def decayed(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, **group: Any) -> list[Any]:
+def decayed(
+    named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, **group: Any
+) -> list[Any]:
     """Split parameters into those that decay (matrices) and those that do not."""
     named = list(named)
     matrix = [p for _, p in named if p.ndim > 1]

@@ -1,6 +1,6 @@
 """Stage 2: learn a byte-level BPE from the training captions.
 
-    python recipes/default_captioner/tokenizer.py [config.toml]
+python recipes/default_captioner/tokenizer.py [config.toml]
 """
 
 from __future__ import annotations

@@ -134,7 +134,9 @@ def main(config: dict[str, Any]) -> None:
         pupil.load_state_dict(average.tensors)
         scores, texts = validate(pupil.model, val, tokenizer, device)
         pupil.load_state_dict(own)
-        caption_loss, word_loss_mean = (sum(part) / len(losses) for part in zip(*losses, strict=True))
+        caption_loss, word_loss_mean = (
+            sum(part) / len(losses) for part in zip(*losses, strict=True)
+        )
         log.write(
             stage="train",
             epoch=epoch,

@@ -31,10 +31,15 @@ app = typer.Typer(
     name="diptych",
     help="Pictures into words, on this machine.",
     no_args_is_help=True,
+    # Rich draws help prettily, and takes longer to import than the whole of diptych: plain is fast.
+    rich_markup_mode=None,
+    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-evaluate_app = typer.Typer(no_args_is_help=True, help="Measure a model on data with answers.")
+evaluate_app = typer.Typer(
+    rich_markup_mode=None, no_args_is_help=True, help="Measure a model on data with answers."
+)
 app.add_typer(evaluate_app, name="evaluate")
 
 
@@ -90,7 +95,7 @@ def with_options(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]
         def run(**values: Any) -> Any:
             fields = dataclasses.fields(options_class())
             asked = {f.name: values.pop(f.name) for f in fields}
-            asked = {name: value for name, value in asked.items() if value is not None}
+            asked = {name: _meant(value) for name, value in asked.items() if value is not None}
             return verb(options=options_class()().replace(**asked), **values)
 
         def options_class() -> Any:
@@ -117,15 +122,20 @@ def _flag(field: Any) -> inspect.Parameter:
     dashed = f"--{field.name.replace('_', '-')}"
     names = [f"{dashed}/--no-{dashed[2:]}"] if kind is bool else [dashed]
     default = "the model's" if meta["from_model"] else str(meta["default"] or "none")
-    option = typer.Option(
-        *names, help=meta["help"], show_default=default, rich_help_panel="How to caption"
-    )
+    option = typer.Option(*names, help=meta["help"], show_default=default)
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
         annotation=Annotated[Optional[kind], option],  # noqa: UP045
     )
+
+
+def _meant(value: Any) -> Any:
+    """Turn the words true and false of a flag with several choices into what they mean."""
+    if not isinstance(value, str):
+        return value
+    return {"true": True, "false": False}.get(value.lower(), value)
 
 
 @app.command()

@@ -69,7 +69,7 @@ class ImageLimits:
     max_bytes: int = 64 * 2**20
     max_pixels: int = 64_000_000
     max_side: int = 65_535
-    max_slow_pixels: int = 4_000_000
+    max_slow_pixels: int = 2_500_000
     max_scan_pixels: int = 1_000_000_000
     timeout_s: float = 10.0
     formats: tuple[str, ...] = FORMATS
@@ -117,8 +117,7 @@ def open_image(
         raise BadImage(name, "is empty")
     stream = _CountedReads(data)
     with _translated(name, data), Image.open(stream, formats=limits.formats) as image:
-        in_python = _check_header(image, data, name, limits)
-        stream.reads_left = math.inf if in_python else 10 * _MOST_READS
+        stream.reads_left = _check_header(image, data, name, limits)
         return _to_rgb(image, alpha)
 
 
@@ -244,7 +243,7 @@ _MOST_READS = 100_000
 class _CountedReads(io.BytesIO):
     """Bound the loops of Pillow's parsers: millions of empty chunks would take a minute."""
 
-    reads_left: float = _MOST_READS
+    reads_left = _MOST_READS
 
     def read(self, size: int | None = -1, /) -> bytes:
         self.reads_left -= 1
@@ -253,23 +252,27 @@ class _CountedReads(io.BytesIO):
         return super().read(size)
 
 
-def _check_header(image: Image.Image, data: bytes, name: str, limits: ImageLimits) -> bool:
-    """Refuse what would cost too much memory or time; tell whether a Python decoder reads it."""
+def _check_header(image: Image.Image, data: bytes, name: str, limits: ImageLimits) -> int:
+    """Refuse what would cost too much memory or time; return how many reads decoding may take."""
     _check_size(image.size, name, limits)
     width, height = image.size
     for inner in _HIDDEN_SIZES.get(image.format or "", _no_sizes)(image, data):
         _check_size(inner, name, limits)
-    in_python = any(tile[0] in Image.DECODERS for tile in getattr(image, "tile", ()))
+    codecs = {str(tile[0]) for tile in getattr(image, "tile", ())}
+    in_python = not codecs.isdisjoint(Image.DECODERS)
     if in_python and width * height > limits.max_slow_pixels:
         raise BadImage(
             name,
             f"has {width} x {height} pixels; {image.format} in this encoding is read "
             f"up to {limits.max_slow_pixels:,}",
         )
+    # That decoder copies a megabyte for every comment.
+    if "ppm_plain" in codecs and data.count(b"#") > 100:
+        raise BadImage(name, "has too many comments")
     most_scans = limits.max_scan_pixels // (width * height)
     if image.info.get("progressive") and _more_scans_than(most_scans, data):
         raise BadImage(name, f"is a progressive JPEG of more than {most_scans} scans")
-    return in_python
+    return 3 * _MOST_READS + (4 * width * height if in_python else 0)
 
 
 def _check_size(size: tuple[int, int], name: str, limits: ImageLimits) -> None:

@@ -14,8 +14,8 @@ __all__ = ["PICTURE_SUFFIXES", "Picture", "find_pictures"]
 
 # What a folder is searched for; a file that is named is read whatever it is called.
 PICTURE_SUFFIXES = frozenset(
-    ".avif .bmp .gif .ico .jfif .jp2 .jpe .jpeg .jpg .pgm .png .pnm .ppm .qoi .tga .tif .tiff "
-    ".webp".split()
+    (".avif", ".bmp", ".gif", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png")
+    + (".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp")
 )
 
 
@@ -50,7 +50,7 @@ def _expand(path: str) -> Iterator[Picture]:
     elif Path(path).is_dir():
         yield from _in_folder(Path(path))
     elif not Path(path).exists() and glob.has_magic(path):
-        matches = sorted(glob.glob(path, recursive=True))
+        matches = sorted(glob.glob(path, recursive=True))  # noqa: PTH207 (also absolute patterns)
         if not matches:
             raise BadInput(f"{path}: no file matches this pattern")
         for match in matches:

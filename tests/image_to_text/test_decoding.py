@@ -114,7 +114,11 @@ class ReferenceStep:
 
 
 def their_captions(
-    model: Any, pixel_values: torch.Tensor, prompt_ids: Sequence[int], ends: Sequence[int], **words: Any
+    model: Any,
+    pixel_values: torch.Tensor,
+    prompt_ids: Sequence[int],
+    ends: Sequence[int],
+    **words: Any,
 ) -> list[list[tuple[tuple[int, ...], float | None]]]:
     """Return transformers' captions of each image: ids after the prompt up to the end, score."""
     prompts = torch.tensor([list(prompt_ids)] * len(pixel_values))

@@ -129,7 +129,9 @@ def _best_constant(
     for text in captions:
         counts[text] = counts.get(text, 0) + 1
     tried = sorted(counts, key=lambda text: -counts[text])[:10]
-    scored = [(text, score_captions([text] * len(captions), references, **options)) for text in tried]
+    scored = [
+        (text, score_captions([text] * len(captions), references, **options)) for text in tried
+    ]
     return max(scored, key=lambda pair: pair[1].cider_d)
 
 

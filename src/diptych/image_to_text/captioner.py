@@ -19,7 +19,7 @@ from diptych.image_to_text.options import CaptionOptions
 from diptych.images import Alpha, ImageInput, ImageLimits, Preprocessing, preprocess
 from diptych.runtimes.network import Network, OpenNetworks, open_networks
 from diptych.text import Gpt2Tokenizer
-from diptych.weights.files import ModelFolder, describe
+from diptych.weights.files import ModelFolder
 from diptych.weights.hub import resolve
 
 __all__ = ["Caption", "Captioner", "OnError", "caption", "export"]
@@ -71,7 +71,7 @@ class Caption:
         return self._view.captioner._look(self, self._view, word)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold: text, probability, score, tokens, alternatives or the error."""
+        """Return what JSON can hold: text, scores, tokens and alternatives, or the error."""
         if self.error is not None:
             return {"error": self.error.reason}
         record: dict[str, Any] = {
@@ -466,7 +466,9 @@ class Captioner:
         written = [*prompt, *caption.token_ids]
         chosen = self._tokens_of(caption, written, word)
         bridge = self.model.config["bridge"]
-        (bridged,) = self.networks["encoder"](pixel_values=self._pixels(view.image, view.reading)[None])
+        (bridged,) = self.networks["encoder"](
+            pixel_values=self._pixels(view.image, view.reading)[None]
+        )
         # Token t was chosen from the position before it, which is input t behind the start token.
         (seen,) = self.networks["decoder"](
             ("image_attention",),

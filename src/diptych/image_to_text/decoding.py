@@ -334,7 +334,7 @@ def _advance_beams(
         token_logprobs=after.token_logprobs[kept],
         parents=beams[kept],
         scores=scores[kept],
-        ended=_filled(ended, width) if done else ended,
+        ended=_filled(ended, state) if done else ended,
         done=done,
     )
 
@@ -370,9 +370,14 @@ def _may_improve(
     return bool(best / length**options.length_penalty > worst)
 
 
-def _filled(ended: tuple[Hypothesis, ...], width: int) -> tuple[Hypothesis, ...]:
-    # Only filters that ban every token leave places open; transformers returns bare prompts there.
-    return ended + (Hypothesis((), (), float(_NONE)),) * (width - len(ended))
+def _filled(ended: tuple[Hypothesis, ...], before: State) -> tuple[Hypothesis, ...]:
+    """Fill places left open with the rows as they stood.
+
+    Happens only when filters ban every token; transformers shows such rows too.
+    """
+    rows, length = before.token_logprobs.shape
+    standing = [_hypothesis(before, row, length, float(_NONE)) for row in range(rows)]
+    return (*ended, *standing[: rows - len(ended)])
 
 
 # Rows and captions ----------------------------------------------------------------------------

@@ -179,7 +179,7 @@ def _source(image: object) -> Any:
             "Incorrect format used for image. Should be an url linking to an image, a base64 "
             f"string, a local path, or a PIL image. Got {type(image).__name__}"
         )
-    if image.startswith(("http://", "https://", "data:")) or os.path.isfile(image):
+    if image.startswith(("http://", "https://", "data:")) or Path(image).is_file():
         return image
     try:
         return base64.b64decode(image, validate=True)

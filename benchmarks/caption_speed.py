@@ -1,0 +1,171 @@
+"""How fast are captions beside transformers 5, on the same full-size random weights?
+
+    python benchmarks/caption_speed.py [--repeats 5] [--keep FOLDER] [--record]
+
+ViT-B/16 + GPT-2 with cross-attention, 239 M parameters, 224 pixels, 16 new tokens. Every figure
+goes from a decoded photo to text, processor and tokenizer included. All sides take turns in one
+process; peak memory and cold start are those of fresh processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from harness import machine, python, record, take_turns, whole_process
+from PIL import Image
+
+from diptych import Captioner
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+TASKS: dict[str, dict[str, Any]] = {
+    "greedy-16": {"photos": 1, "num_beams": 1},
+    "beam-4": {"photos": 1, "num_beams": 4},
+    "batch-8": {"photos": 8, "num_beams": 1},
+}
+LENGTH = {"max_new_tokens": 16, "min_length": 17}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--keep", type=Path, help="keep the model files there for the next time")
+    parser.add_argument("--record", action="store_true", help="append to benchmarks/results")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.keep or Path(temporary)
+        make_models(folder)
+        results = speed(folder, options.repeats) + processes(folder)
+    for result in results:
+        print("  ".join(f"{k}={v:.3f}" if isinstance(v, float) else str(v) for k, v in result.items()))
+    print(machine())
+    if options.record:
+        print(record(results, "caption_speed"))
+
+
+def make_models(folder: Path) -> None:
+    """Write the random checkpoint with transformers, and our two exports of it."""
+    from tiny_models import make_captioner, write_json
+
+    checkpoint = folder / "checkpoint"
+    if not (checkpoint / "config.json").exists():
+        width = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+        encoder = {**width, "intermediate_size": 3072, "image_size": 224, "patch_size": 16}
+        decoder = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768}
+        make_captioner(
+            checkpoint,
+            0,
+            encoder={**encoder, "initializer_range": 0.06},
+            decoder={**decoder, "n_layer": 12, "n_head": 12, "initializer_range": 0.06},
+        )
+        write_json(checkpoint / "preprocessor_config.json", size={"height": 224, "width": 224})
+        make_photo(0).save(folder / "photo.jpg", quality=95)
+    for name, quantize in (("fp32", None), ("int8", "int8")):
+        if not (folder / name / "artifact.json").exists():
+            captioner = Captioner.load(checkpoint, runtime="torch")
+            captioner.export(folder / name, quantize=quantize, images=[make_photo(9)])
+
+
+def make_photo(seed: int) -> Image.Image:
+    random = np.random.default_rng(seed)
+    small = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    return small.resize((640, 480), Image.Resampling.BICUBIC)
+
+
+def speed(folder: Path, repeats: int) -> list[dict[str, Any]]:
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    checkpoint = folder / "checkpoint"
+    reference = transformers_captioner(checkpoint)
+    ours = {
+        "torch-fp32": Captioner.load(checkpoint, runtime="torch"),
+        "onnx-fp32": Captioner.load(folder / "fp32"),
+        "onnx-int8": Captioner.load(folder / "int8"),
+    }
+    results = []
+    for task, values in TASKS.items():
+        photos = [make_photo(seed) for seed in range(values["photos"])]
+        beams = {"num_beams": values["num_beams"], **LENGTH}
+        said: dict[str, Any] = {}
+
+        def case(name: str, call: Callable[[], Any], said: dict[str, Any] = said) -> Callable[[], None]:
+            def run() -> None:
+                said[name] = call()
+
+            return run
+
+        cases = {"transformers": case("transformers", lambda p=photos, b=beams: reference(p, **b))}
+        for name, captioner in ours.items():
+            cases[name] = case(
+                name,
+                lambda c=captioner, p=photos, b=beams: [
+                    x.token_ids for x in c.caption(p, batch_size=8, **b)
+                ],
+            )
+        times = take_turns(cases, repeats)
+        for name, figures in times.items():
+            ratio = times["transformers"]["median_s"] / figures["median_s"]
+            same = said[name] == said["transformers"]
+            results.append(
+                {"task": task, "side": name, **figures, "speed_ratio": ratio, "same_tokens": same}
+            )
+    return results
+
+
+def transformers_captioner(checkpoint: Path) -> Callable[..., Any]:
+    import torch
+    from transformers import VisionEncoderDecoderModel, ViTImageProcessorPil
+
+    model = VisionEncoderDecoderModel.from_pretrained(checkpoint).eval()
+    processor = ViTImageProcessorPil.from_pretrained(checkpoint)
+
+    def caption(photos: list[Image.Image], **options: Any) -> list[tuple[int, ...]]:
+        pixels = processor(photos, return_tensors="pt").pixel_values
+        with torch.inference_mode():
+            ids = model.generate(pixels, **options)
+        return [tuple(row) for row in ids[:, 1:].tolist()]
+
+    return caption
+
+
+def processes(folder: Path) -> list[dict[str, Any]]:
+    """Measure fresh processes from start to one printed caption, beam 4."""
+    photo = str(folder / "photo.jpg")
+    script = (
+        "import sys, torch\n"
+        "from PIL import Image\n"
+        "from transformers import VisionEncoderDecoderModel, ViTImageProcessorPil\n"
+        "model = VisionEncoderDecoderModel.from_pretrained(sys.argv[1])\n"
+        "processor = ViTImageProcessorPil.from_pretrained(sys.argv[1])\n"
+        "pixels = processor(Image.open(sys.argv[2]), return_tensors='pt').pixel_values\n"
+        "with torch.inference_mode():\n"
+        "    print(model.generate(pixels, num_beams=4, max_new_tokens=16, min_length=17))\n"
+    )
+    ours = ("--num-beams", "4", "--max-new-tokens", "16", "--min-length", "17")
+    commands = {
+        "transformers": python("-c", script, str(folder / "checkpoint"), photo),
+        "torch-fp32": cli(photo, "-m", str(folder / "checkpoint"), "--runtime", "torch", *ours),
+        "onnx-fp32": cli(photo, "-m", str(folder / "fp32"), *ours),
+        "onnx-int8": cli(photo, "-m", str(folder / "int8"), *ours),
+        "embedded default": cli(photo),
+    }
+    return [
+        {"task": "cold process", "side": name, **whole_process(command)}
+        for name, command in commands.items()
+    ]
+
+
+def cli(*arguments: str) -> list[str]:
+    return python("-m", "diptych", "caption", *arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Time things side by side, fairly: warm up, take turns, report medians and ratios."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("diptych", "numpy", "onnxruntime", "pillow", "torch", "transformers")
+
+
+def take_turns(
+    cases: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1
+) -> dict[str, dict[str, float]]:
+    """Run every case `repeats` times, one after the other in turn; seconds as median and min.
+
+    Turns spread the machine's moods over all cases, so that their ratios mean something.
+    """
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(warmup + repeats):
+        for name, case in cases.items():
+            start = time.perf_counter()
+            case()
+            if turn >= warmup:
+                times[name].append(time.perf_counter() - start)
+    return {
+        name: {"median_s": statistics.median(several), "min_s": min(several)}
+        for name, several in times.items()
+    }
+
+
+def whole_process(command: Sequence[str], repeats: int = 3) -> dict[str, float]:
+    """Run a command as a fresh process; its median wall time and highest peak memory."""
+    walls, peaks = [], []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        _, status, usage = os.wait4(child.pid, 0)
+        walls.append(time.perf_counter() - start)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            assert child.stderr is not None
+            raise RuntimeError(f"{command} failed: {child.stderr.read().decode()}")
+        peaks.append(usage.ru_maxrss / 1024)
+    return {"wall_s": statistics.median(walls), "peak_mib": max(peaks)}
+
+
+def machine() -> dict[str, Any]:
+    """Say what was measured on: processor, cores, versions, commit."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        **versions,
+        "commit": _commit(),
+    }
+
+
+def record(results: Sequence[Mapping[str, Any]], name: str) -> Path:
+    """Append results with the machine to `benchmarks/results/<name>.jsonl`."""
+    path = Path(__file__).parent / "results" / f"{name}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        for result in results:
+            rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}
+            file.write(json.dumps({**rounded, "machine": machine()}) + "\n")
+    return path
+
+
+def python(*arguments: str) -> list[str]:
+    return [sys.executable, *arguments]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    )
+    return done.stdout.strip() or "unknown"

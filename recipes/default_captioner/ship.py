@@ -1,0 +1,103 @@
+"""Stage 5: write the best model as the files that diptych embeds.
+
+    python recipes/default_captioner/ship.py [config.toml] [folder]
+
+An fp16 checkpoint for torch, and an int8 artifact that runs without it; both in one folder.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from captioning import START, new_model, read_split
+from pictures import plain
+from state import read_average
+
+from diptych.runtimes.export import export_captioner
+from diptych.text import Gpt2Tokenizer
+from diptych.weights.save import save_captioner
+
+EMBEDDED = Path(__file__).parents[2] / "src" / "diptych" / "weights" / "embedded" / "captioner"
+NAME = "diptych/default-captioner"
+
+
+def main(config: dict[str, Any], folder: Path) -> None:
+    output = Path(config["output"])
+    model = new_model(config).eval()
+    # Stage 4 writes a file only when it beats stage 3 on the validation photos.
+    refined = output / "refined.safetensors"
+    state = refined if refined.exists() else output / "best.safetensors"
+    weights = {k.removeprefix("model."): v for k, v in read_average(state).items()}
+    weights = {k: v for k, v in weights.items() if not k.startswith("words.")}
+    # What is shipped in fp16 is what is exported: both runtimes then start from equal numbers.
+    model.load_state_dict(
+        {k: v.half().float() if v.is_floating_point() else v for k, v in weights.items()}
+    )
+    size = config["encoder"]["image_size"]
+    preprocessing = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    generation = {
+        "decoder_start_token_id": START,
+        "bos_token_id": START,
+        "eos_token_id": START,
+        "pad_token_id": START,
+        **config["generation"],
+    }
+    tokenizer_path = output / "tokenizer.json"
+    tokenizer = Gpt2Tokenizer.load(tokenizer_path)
+    val = read_split(config, tokenizer, training=False)
+    images: list[np.ndarray] = [
+        plain(val.photos.pixels[i : i + 1], size)[0].numpy() for i in range(200)
+    ]
+    with tempfile.TemporaryDirectory() as temporary:
+        made = Path(temporary) / "captioner"
+        report = export_captioner(
+            model,
+            made,
+            preprocessing=preprocessing,
+            generation=generation,
+            tokenizer=tokenizer_path,
+            source={"name": NAME, "revision": None},
+            images=images,
+            quantize="int8",
+        )
+        checkpoint = Path(temporary) / "checkpoint"
+        save_captioner(
+            model,
+            checkpoint,
+            preprocessing=preprocessing,
+            generation=generation,
+            tokenizer=tokenizer_path,
+            dtype=torch.float16,
+        )
+        shutil.copytree(checkpoint, made, dirs_exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(made, folder)
+    print(report)
+    total = 0
+    for file in sorted(folder.iterdir()):
+        total += file.stat().st_size
+        print(f"{file.name:32}{file.stat().st_size / 1e6:8.2f} MB")
+    print(f"{'together':32}{total / 1e6:8.2f} MB")
+
+
+if __name__ == "__main__":
+    path = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "config.toml"
+    where = Path(sys.argv[2]) if len(sys.argv) > 2 else EMBEDDED
+    main(tomllib.loads(Path(path).read_text()), where)

@@ -1,0 +1,1 @@
+"""Hold one naming scheme of published files each."""

@@ -1,0 +1,340 @@
+"""Say what is in a folder: a checkpoint, an artifact or both. Reads safely, and without torch.
+
+A checkpoint is `config.json` with tensors beside it, as transformers writes it. An artifact is
+`artifact.json` with ONNX files beside it, as `diptych export` writes it. What a file is, its
+content says, not its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diptych.errors import UnknownModel, UnsupportedModel, WeightsMismatch
+from diptych.weights.bounded_json import Rejected, read_object
+from diptych.weights.dialects import vision_encoder_decoder as dialect
+from diptych.weights.generation import filter_words, generation_defaults
+from diptych.weights.pickles import LEGACY_START, read_pickle
+from diptych.weights.tensors import FETCH_ANEW, StoredTensor, read_safetensors
+
+__all__ = ["ModelFolder", "contents", "describe", "read_checkpoint", "verify"]
+
+_CHECKPOINTS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+_ARTIFACT_FORMAT, _ARTIFACT_VERSION = "diptych-artifact", 1
+_NETWORKS = frozenset({"encoder", "decoder"})
+_MAX_INDEX = 25_000_000
+_MAX_SHARDS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """Describe a captioner on disk: everything but the tensors, checked and in our words."""
+
+    path: Path
+    name: str  # what the user asked for
+    revision: str | None  # the commit it was fetched from, where it comes from the hub
+    config: Mapping[str, Any]  # {"encoder": fields of ViTConfig, "decoder": of Gpt2Config, "bridge"}
+    preprocessing: Mapping[str, Any]  # the words of a preprocessor_config.json
+    generation: Mapping[str, Any]  # only what is set; decoder_start_token_id always
+    tokenizer: Path  # tokenizer.json, or vocab.json with merges.txt beside it
+    weights: tuple[Path, ...]  # the files of the checkpoint, () if none
+    networks: Mapping[str, Path]  # the ONNX files of the artifact by network, {} if none
+    precision: str | None  # of the artifact: "fp32", "int8"
+
+
+def describe(folder: Path, name: str | None = None, revision: str | None = None) -> ModelFolder:
+    """Say what is in `folder`; no tensor is read.
+
+    `name` is for messages and stays with the model. Of a folder that holds both, the artifact says
+    how pictures and words are treated. Raises `UnknownModel` where there is no model,
+    `UnsupportedModel` for one of another kind, `WeightsMismatch` where files are missing.
+    """
+    folder = Path(folder)
+    name = str(folder) if name is None else name
+    _check_folder(folder, name)
+    try:
+        if (folder / "artifact.json").is_file():
+            return _describe_artifact(folder, name, revision)
+        return _describe_checkpoint(folder, name, revision)
+    except (UnsupportedModel, WeightsMismatch) as error:
+        raise type(error)(f"{name}: {str(error).rstrip('.')}.") from error
+
+
+def verify(model: ModelFolder) -> None:
+    """Compare the ONNX files of an artifact with the hashes it states.
+
+    Raises `WeightsMismatch` naming the first file that is another one.
+    """
+    if not model.networks:
+        return
+    stated = _read(model.path, "artifact.json")["networks"]
+    for network, path in model.networks.items():
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if not hmac.compare_digest(found, stated[network]["sha256"]):
+            raise WeightsMismatch(
+                f"{model.name}: {path.name} is not the file that artifact.json describes: its "
+                f"sha256 is {found[:12]}…, not {stated[network]['sha256'][:12]}…: "
+                "export or fetch the model anew."
+            )
+
+
+def read_checkpoint(paths: Sequence[Path]) -> dict[str, StoredTensor]:
+    """Return where the tensors of a checkpoint lie, by name, from one file or its shards.
+
+    Raises `WeightsMismatch` for a damaged file, and for a name that two shards claim.
+    """
+    found: dict[str, StoredTensor] = {}
+    for path in paths:
+        for name, stored in _read_tensors(path).items():
+            if name in found:
+                raise WeightsMismatch(
+                    f"{name[:80]} is both in {found[name].file.name} and in {path.name}: "
+                    f"{FETCH_ANEW}."
+                )
+            found[name] = stored
+    return found
+
+
+def contents(folder: Path) -> str:
+    """List the first names in a folder, for messages."""
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if not names:
+        return "it is empty"
+    shown = ", ".join(names[:6])
+    return f"it holds {shown}" + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+# --- the two kinds --------------------------------------------------------------------------------
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    if folder.is_file():
+        raise UnknownModel(f"{name} is a file: give the folder that holds it, {folder.parent}.")
+    if not folder.is_dir():
+        raise UnknownModel(f"{name} does not exist.")
+    if (folder / "artifact.json").is_file() or (folder / "config.json").is_file():
+        return
+    if (folder / "model_index.json").is_file():
+        raise UnsupportedModel(f"{name} is a diffusers pipeline, not a captioner.")
+    raise UnknownModel(
+        f"{name} has no config.json or artifact.json ({contents(folder)}): "
+        "give the folder of a captioner, one of transformers' or one that diptych exported."
+    )
+
+
+def _describe_checkpoint(folder: Path, name: str, revision: str | None) -> ModelFolder:
+    document = _read(folder, "config.json")
+    config = dialect.read_config(document)
+    words = _read(folder, "generation_config.json", missing=None)
+    return ModelFolder(
+        path=folder,
+        name=name,
+        revision=revision,
+        config=config,
+        preprocessing=_preprocessing(folder, config["encoder"]["image_size"]),
+        generation=generation_defaults(document, words, config["decoder"]["vocab_size"]),
+        tokenizer=_tokenizer(folder),
+        weights=_weights(folder),
+        networks={},
+        precision=None,
+    )
+
+
+def _describe_artifact(folder: Path, name: str, revision: str | None) -> ModelFolder:
+    document = _read(folder, "artifact.json")
+    _check_artifact(document)
+    config = dialect.check_config(_object(document, "config"))
+    if (folder / "config.json").is_file():
+        _check_same(config, dialect.read_config(_read(folder, "config.json")))
+    vocab_size = config["decoder"]["vocab_size"]
+    return ModelFolder(
+        path=folder,
+        name=name,
+        revision=revision,
+        config=config,
+        preprocessing=_object(document, "preprocessing"),
+        generation=filter_words(_object(document, "generation"), vocab_size),
+        tokenizer=_tokenizer(folder),
+        weights=_weights(folder),
+        networks=_networks(folder, _object(document, "networks")),
+        precision=_precision(document.get("precision")),
+    )
+
+
+def _check_artifact(document: Mapping[str, Any]) -> None:
+    if document.get("format") != _ARTIFACT_FORMAT:
+        raise UnsupportedModel(f"artifact.json is not of the format {_ARTIFACT_FORMAT}")
+    version = document.get("version")
+    if type(version) is not int or version != _ARTIFACT_VERSION:
+        writer = str(document.get("diptych_version", "unknown"))[:20]
+        raise UnsupportedModel(
+            f"artifact.json is of version {str(version)[:20]}, written by diptych {writer}; this "
+            f"diptych reads version {_ARTIFACT_VERSION}: upgrade diptych, or export the model anew"
+        )
+    if (task := document.get("task")) != "image-to-text":
+        raise UnsupportedModel(f"artifact.json is for {str(task)[:40]!r}, not image-to-text")
+
+
+def _networks(folder: Path, entries: Mapping[str, Any]) -> dict[str, Path]:
+    if set(entries) != _NETWORKS:
+        raise UnsupportedModel(f"artifact.json does not name {' and '.join(sorted(_NETWORKS))}")
+    found = {}
+    for network, entry in sorted(entries.items()):
+        file = entry.get("file") if isinstance(entry, dict) else None
+        digest = entry.get("sha256") if isinstance(entry, dict) else None
+        if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
+            raise UnsupportedModel(f"artifact.json states no sha256 of the {network}")
+        path = _beside(folder, file, "artifact.json")
+        if not path.is_file():
+            raise WeightsMismatch(f"{path.name} is missing: {FETCH_ANEW}.")
+        if not _is_inside(path, folder):
+            raise UnsupportedModel(f"{path.name} is a link to somewhere outside the folder")
+        found[network] = path
+    return found
+
+
+def _check_same(artifact: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
+    for part in ("encoder", "decoder"):
+        for word, value in artifact[part].items():
+            other = checkpoint[part][word]
+            # Neither changes what the network is: one is for training, one may follow the weights.
+            if word not in ("dropout", "tie_word_embeddings") and value != other:
+                raise UnsupportedModel(
+                    f"artifact.json and config.json describe different models: {part} {word} is "
+                    f"{value} and {other}: keep one of the two in a folder"
+                )
+
+
+def _precision(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[a-z0-9-]{1,16}", value):
+        raise UnsupportedModel("artifact.json states no precision")
+    return value
+
+
+# --- the files beside -----------------------------------------------------------------------------
+
+
+def _read(folder: Path, name: str, missing: Any = UnsupportedModel) -> Any:
+    path = folder / name
+    if missing is None and not path.is_file():
+        return None
+    try:
+        return read_object(path)
+    except Rejected as error:
+        raise UnsupportedModel(f"{name} cannot be used: {error}: {FETCH_ANEW}") from error
+
+
+def _object(document: Mapping[str, Any], word: str) -> dict[str, Any]:
+    value = document.get(word)
+    if not isinstance(value, dict):
+        raise UnsupportedModel(f"artifact.json has no usable {word!r}")
+    return value
+
+
+def _preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
+    found = _read(folder, "preprocessor_config.json", missing=None)
+    if found is None:
+        # Processors of transformers 5 may be saved in one file with their tokenizer.
+        together = _read(folder, "processor_config.json", missing=None) or {}
+        found = together.get("image_processor")
+    if isinstance(found, dict):
+        return found
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": image_size, "width": image_size},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+
+
+def _tokenizer(folder: Path) -> Path:
+    if (path := folder / "tokenizer.json").is_file():
+        return path
+    if (path := folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return path
+    raise UnsupportedModel(
+        "no tokenizer: it needs a tokenizer.json, or a vocab.json and a merges.txt "
+        f"({contents(folder)})"
+    )
+
+
+def _weights(folder: Path) -> tuple[Path, ...]:
+    for single, index in _CHECKPOINTS:
+        if (folder / single).is_file():
+            return (folder / single,)
+        if (folder / index).is_file():
+            return _shards(folder, index)
+    return ()
+
+
+def _shards(folder: Path, index: str) -> tuple[Path, ...]:
+    try:
+        shards = read_object(folder / index, _MAX_INDEX).get("weight_map")
+    except Rejected as error:
+        raise WeightsMismatch(f"{index} cannot be used: {error}: {FETCH_ANEW}.") from error
+    names = list(shards.values()) if isinstance(shards, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise WeightsMismatch(f"{index} names no files: {FETCH_ANEW}.")
+    paths = tuple(_beside(folder, name, index) for name in sorted(set(names)))
+    missing = [path.name for path in paths if not path.is_file()]
+    if len(paths) > _MAX_SHARDS or missing:
+        raise WeightsMismatch(
+            f"{len(missing)} of the {len(paths)} files that {index} names are missing, the first "
+            f"is {', '.join(missing[:1])}: {FETCH_ANEW}."
+        )
+    return paths
+
+
+def _beside(folder: Path, name: Any, where: str) -> Path:
+    """Return the path of a file that must lie directly in `folder`."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", name):
+        raise UnsupportedModel(f"{where} names the file {str(name)[:80]!r}, not one beside it")
+    return folder / name
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    real, home = path.resolve(), folder.resolve()
+    if real.parent == home:
+        return True
+    # The hub's cache keeps the bytes in blobs/, and in snapshots/<commit>/ links to them.
+    return home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
+
+
+def _read_tensors(path: Path) -> dict[str, StoredTensor]:
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        raise WeightsMismatch(f"{path} cannot be read: {error.strerror or error}.") from error
+    if start.startswith((b"PK\x03\x04", LEGACY_START)):
+        return read_pickle(path)
+    if start[8:9] == b"{":
+        return read_safetensors(path)
+    raise WeightsMismatch(f"{path} {_what_else(start)}: {FETCH_ANEW}.")
+
+
+def _what_else(start: bytes) -> str:
+    text = start.lstrip()[:40].lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of git-lfs, not the file itself: run `git lfs pull`"
+    if not start:
+        return "is empty"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page: the download went wrong"
+    if start.startswith((b"\x80", b"ustar")) or start[257:262] == b"ustar":
+        return "is a pickle, but not one of torch.save, and is not run"
+    return "is neither safetensors nor a file of torch.save"

@@ -1,0 +1,222 @@
+"""Find the folder that a name means: embedded, on this disk, in the hub's cache, or on the hub.
+
+What is cached is used without asking anybody, so it is the same tomorrow and works offline. The
+network is for what is not cached, and for a branch or tag that is asked for by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from diptych.errors import BadInput, UnknownModel, UnsupportedModel
+from diptych.weights import catalog
+from diptych.weights.files import ModelFolder, describe
+
+__all__ = ["resolve"]
+
+logger = logging.getLogger("diptych")
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_MODEL_ID = re.compile(r"[A-Za-z0-9_.-]{1,96}/[A-Za-z0-9_.-]{1,96}")
+_BRANCH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,127}")
+
+_BESIDE = frozenset(
+    {
+        "README.md",  # names the licence
+        "added_tokens.json",
+        "artifact.json",
+        "config.json",
+        "generation_config.json",
+        "merges.txt",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+    }
+)
+# In order of preference: pickles only where there is nothing else.
+_WEIGHTS = (
+    re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"),
+    re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin|pytorch_model\.bin\.index\.json"),
+)
+_NETWORKS = re.compile(r"[A-Za-z0-9_-]+\.onnx")
+
+
+def resolve(
+    name_or_path: str | os.PathLike[str], revision: str | None = None, *, progress: bool = False
+) -> ModelFolder:
+    """Return the model that a name or path means, fetched if need be.
+
+    `default` is the embedded model, then come folders, aliases of the catalog, and ids of the hub
+    (`owner/name`). `revision` is a commit, tag or branch of the hub; without one, the commit that
+    the catalog pins, or what is cached. `progress` draws bars on stderr while fetching.
+    Raises `UnknownModel` where the name leads nowhere, `BadInput` for a revision that cannot be.
+    """
+    name = os.fspath(name_or_path)
+    if name == catalog.DEFAULT:
+        _refuse_revision(name, revision)
+        if not catalog.EMBEDDED.is_dir():
+            raise UnknownModel("this install carries no default model: reinstall diptych.")
+        return describe(catalog.EMBEDDED, name)
+    if name and (path := Path(name).expanduser()).exists():
+        _refuse_revision(name, revision)
+        return describe(path, name)
+    known = catalog.known_model(name)
+    model_id = known.id if known else name
+    if not _MODEL_ID.fullmatch(model_id) or isinstance(name_or_path, Path):
+        raise UnknownModel(f"{name!r} is no folder here and no known model. {_advice(name)}")
+    if revision is not None and not _is_revision(revision):
+        raise BadInput(f"revision is {revision!r}: give a commit, a tag or a branch of {model_id}.")
+    wanted = revision or (known.revision if known else None)
+    if (model := _cached(model_id, name, wanted, asked=revision is not None)) is not None:
+        return model
+    return _fetch(model_id, name, wanted or "main", progress)
+
+
+def _refuse_revision(name: str, revision: str | None) -> None:
+    if revision is not None:
+        raise BadInput(f"revision={revision!r} is for models of the hub; {name} is a folder here.")
+
+
+def _is_revision(revision: str) -> bool:
+    return bool(_BRANCH.fullmatch(revision)) and ".." not in revision
+
+
+def _advice(name: str) -> str:
+    close = difflib.get_close_matches(name, catalog.names(), n=2, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(close)}? " if close else ""
+    return f"{hint}Give a folder, an id of the hub (owner/name), or a name from `diptych models`."
+
+
+# --- the cache ------------------------------------------------------------------------------------
+
+
+def _cached(model_id: str, name: str, wanted: str | None, *, asked: bool) -> ModelFolder | None:
+    """Return what is in the cache, unless a branch or tag is asked for: those move."""
+    if wanted is not None and _COMMIT.fullmatch(wanted):
+        return catalog.complete(_snapshots(model_id) / wanted, name)
+    return None if asked else _at_branch(model_id, name, "main")
+
+
+def _at_branch(model_id: str, name: str, branch: str) -> ModelFolder | None:
+    try:
+        ref = catalog.repository_folder(model_id) / "refs" / branch
+        commit = ref.read_text("utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    if not _COMMIT.fullmatch(commit):
+        return None
+    return catalog.complete(_snapshots(model_id) / commit, name)
+
+
+def _snapshots(model_id: str) -> Path:
+    return catalog.repository_folder(model_id) / "snapshots"
+
+
+def _other_commits(model_id: str) -> list[str]:
+    found = sorted(_snapshots(model_id).glob("*"))
+    return [path.name for path in found if _COMMIT.fullmatch(path.name) and catalog.complete(path)]
+
+
+# --- the network ----------------------------------------------------------------------------------
+
+
+def _fetch(model_id: str, name: str, revision: str, progress: bool) -> ModelFolder:
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
+
+    if constants.HF_HUB_OFFLINE:
+        return _without_network(model_id, name, revision, "HF_HUB_OFFLINE is set")
+    page = f"https://huggingface.co/{model_id}"
+    failures = (OSError, getattr(errors, "HTTPError", OSError), getattr(errors, "XetDownloadError", OSError))
+    try:
+        with _quiet(progress):
+            info = HfApi().model_info(model_id, revision=revision)
+            files = _needed([file.rfilename for file in info.siblings or []], name)
+            logger.info("fetching %s at %s", model_id, info.sha)
+            folder = snapshot_download(
+                model_id,
+                revision=revision,
+                cache_dir=catalog.cache_folder(),
+                allow_patterns=files,
+            )
+    except errors.GatedRepoError as error:
+        raise UnknownModel(
+            f"{model_id} is gated: accept its terms at {page} and set HF_TOKEN."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise UnknownModel(f"{model_id} has no revision {revision!r}: see {page}.") from error
+    except errors.RepositoryNotFoundError as error:
+        raise UnknownModel(
+            f"{name!r} is no folder here, and the hub has no such model that you may read. "
+            f"{_advice(name)}"
+        ) from error
+    except failures as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            reason = os.strerror(error.errno)
+            raise BadInput(
+                f"{model_id} cannot be stored in {catalog.cache_folder()}: {reason}. Make room, or "
+                "set HF_HOME to another folder."
+            ) from error
+        reason = f"the hub cannot be reached ({type(error).__name__})"
+        return _without_network(model_id, name, revision, reason, error)
+    return describe(Path(folder), name, Path(folder).name)
+
+
+def _without_network(
+    model_id: str, name: str, revision: str, reason: str, cause: Exception | None = None
+) -> ModelFolder:
+    """Return the branch as it was last seen, or say that there is nothing."""
+    if (model := _at_branch(model_id, name, revision)) is not None:
+        logger.warning("%s: using %s at %s from the cache", reason, model_id, model.revision)
+        return model
+    others = _other_commits(model_id)
+    hint = f" Another commit is cached: revision={others[-1]!r}." if others else ""
+    raise UnknownModel(
+        f"{name!r} is no folder here and not in the cache ({catalog.cache_folder()}), and "
+        f"{reason}: load it once with a connection, or give a folder.{hint}"
+    ) from cause
+
+
+def _needed(files: Sequence[str], name: str) -> list[str]:
+    """Choose what to fetch: no code, no other framework's weights, pickles only if need be."""
+    needed = [file for file in files if file in _BESIDE]
+    if "artifact.json" in needed:
+        needed += [file for file in files if _NETWORKS.fullmatch(file)]
+    for pattern in _WEIGHTS:
+        if weights := [file for file in files if pattern.fullmatch(file)]:
+            return needed + weights
+    if "artifact.json" not in needed:
+        shown = ", ".join(sorted(files)[:8])
+        raise UnsupportedModel(
+            f"{name} has no model.safetensors or pytorch_model.bin (it has {shown}): "
+            "give a captioner with PyTorch weights."
+        )
+    return needed
+
+
+@contextmanager
+def _quiet(progress: bool) -> Iterator[None]:
+    """Keep huggingface_hub from drawing bars, unless asked for, and from talking."""
+    from huggingface_hub import utils
+
+    talker = logging.getLogger("huggingface_hub")
+    level = talker.level
+    silence = not progress and not utils.are_progress_bars_disabled()
+    talker.setLevel(logging.ERROR)
+    if silence:
+        utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        talker.setLevel(level)
+        if silence:
+            utils.enable_progress_bars()

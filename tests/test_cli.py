@@ -1,0 +1,216 @@
+"""The command line as a person meets it: real processes, exit codes, streams."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_models import make_captioner, make_photo
+
+import diptych
+from diptych import Captioner
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Export a tiny model: the command line then needs no torch and starts fast."""
+    checkpoint = tmp_path_factory.mktemp("checkpoint")
+    make_captioner(checkpoint, 3)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    Captioner.load(checkpoint).export(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "sub").mkdir()
+    for seed, name in enumerate(["a.png", "b.jpg", "sub/c.webp"]):
+        make_photo(seed).save(folder / name)
+    (folder / "notes.txt").write_text("not a picture")
+    return folder
+
+
+def run(
+    *arguments: object, stdin: bytes = b"", **options: object
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "diptych", *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "120"},
+        **options,  # type: ignore[call-overload]
+    )
+    return subprocess.CompletedProcess(
+        done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
+    )
+
+
+def test_one_photo_prints_its_caption_and_nothing_else(model: Path, photos: Path) -> None:
+    done = run("caption", photos / "a.png", "--model", model)
+    expected = Captioner.load(model).caption(photos / "a.png").text
+    assert (done.returncode, done.stdout, done.stderr) == (0, expected + "\n", "")
+
+
+def test_folder_glob_and_stdin(model: Path, photos: Path) -> None:
+    folder = run("caption", photos, "--model", model)
+    assert folder.returncode == 0
+    assert [line.split(": ")[0] for line in folder.stdout.splitlines()] == [
+        str(photos / name) for name in ("a.png", "b.jpg", "sub/c.webp")
+    ]
+    glob = run("caption", f"{photos}/*.[pj]*g", "--model", model)
+    assert glob.stdout.splitlines() == folder.stdout.splitlines()[:2]
+    piped = run("caption", "-", "--model", model, stdin=(photos / "a.png").read_bytes())
+    assert folder.stdout.startswith(f"{photos / 'a.png'}: {piped.stdout.strip()}")
+
+
+def test_json_and_jsonl(model: Path, photos: Path) -> None:
+    lines = run("caption", photos, "-m", model, "-f", "jsonl", "--num-beams", 2).stdout
+    records = [json.loads(line) for line in lines.splitlines()]
+    assert len(records) == 3
+    assert {"file", "text", "probability", "score", "token_ids", "seconds"} <= records[0].keys()
+    whole = json.loads(run("caption", photos, "-m", model, "-f", "json", "--num-beams", 2).stdout)
+    assert [r["text"] for r in whole] == [r["text"] for r in records]
+    several = run(
+        "caption", photos / "a.png", "-m", model, "-f", "jsonl", "--num-beams", 3,
+        "--num-return-sequences", 3,
+    )  # fmt: skip
+    assert len(json.loads(several.stdout)["alternatives"]) == 2
+
+
+def test_a_broken_file_never_loses_the_others(model: Path, photos: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8\xff broken")
+    done = run(
+        "caption", photos / "a.png", broken, tmp_path / "gone.png", photos / "b.jpg", "-m", model
+    )
+    assert done.returncode == 3
+    assert len(done.stdout.splitlines()) == 2
+    assert "broken.jpg" in done.stderr and "gone.png" in done.stderr
+    assert len(done.stderr.splitlines()) == 2
+    records = run("caption", broken, photos / "a.png", "-m", model, "-f", "json")
+    assert ["error" in record for record in json.loads(records.stdout)] == [True, False]
+    assert run("caption", broken, "-m", model).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["caption"], 2, "paths"),
+        (["caption", "x.png", "--num-beans", "3"], 2, "--num-beans"),
+        (["caption", "x.png", "--model", "no-such-model"], 1, "no-such-model"),
+        (["caption", "PHOTO", "--num-beams", "0"], 2, "num_beams"),
+        (["caption", "PHOTO", "--early-stopping", "maybe"], 2, "early_stopping"),
+        (["caption", "PHOTO", "--runtime", "abacus"], 2, "abacus"),
+        (["caption", "PHOTO", "--top-p", "0.5", "--num-beams", "4"], 2, "top_p"),
+        (["caption", "nothing-*.png"], 2, "nothing-*.png"),
+        (["caption", "https://example.com/a.png"], 1, "--allow-urls"),
+        (["caption", "PHOTOS", "--heatmap", "x.png"], 2, "--heatmap"),
+        (["paint"], 2, "paint"),
+        (["evaluate", "captions", "nowhere.jsonl"], 2, "nowhere.jsonl"),
+    ],
+)
+def test_mistakes_get_one_clear_line(
+    model: Path, photos: Path, arguments: list[str], code: int, words: str
+) -> None:
+    filled = [{"PHOTO": str(photos / "a.png"), "PHOTOS": str(photos)}.get(a, a) for a in arguments]
+    if "caption" in filled and "--model" not in filled and len(filled) > 1:
+        filled += ["--model", str(model)]
+    done = run(*filled)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_heatmap_is_a_picture(model: Path, photos: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    done = run("caption", photos / "a.png", "-m", model, "--heatmap", tmp_path / "heat.png")
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "heat.png") as image:
+        assert image.width >= 50 and image.height >= 40
+
+
+def test_interruption_keeps_what_was_printed(model: Path, photos: Path, tmp_path: Path) -> None:
+    for index in range(3000):
+        (tmp_path / f"{index:04}.png").write_bytes((photos / "a.png").read_bytes())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diptych", "caption", str(tmp_path), "-m", str(model), "-f", "json"],
+        stdout=(tmp_path / "out.json").open("wb"),
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 60
+    while (tmp_path / "out.json").stat().st_size < 2000 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"interrupted" in complaint and b"Traceback" not in complaint
+    assert 0 < len(json.loads((tmp_path / "out.json").read_text())) < 3000
+
+
+def test_a_reader_that_leaves_is_no_error(model: Path, photos: Path) -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m diptych caption {photos} -m {model} | head -n 1",
+        shell=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0 and done.stderr == b""
+
+
+def test_version_and_models() -> None:
+    assert run("--version").stdout == f"diptych {diptych.__version__}\n"
+    listed = run("models")
+    assert listed.returncode == 0 and "default" in listed.stdout
+    assert "nlpconnect/vit-gpt2-image-captioning" in listed.stdout
+    records = json.loads(run("models", "--format", "json").stdout)
+    assert {"name", "licence", "source"} <= records[0].keys()
+
+
+def test_evaluate_captions(model: Path, photos: Path, tmp_path: Path) -> None:
+    rows = [
+        {"file": "a.png", "captions": ["a dog runs", "a brown dog"], "split": "test"},
+        {"file": "b.jpg", "captions": ["two birds", "birds in snow"], "split": "test"},
+        {"file": "sub/c.webp", "captions": ["a bus"], "split": "val"},
+    ]
+    references = photos / "captions.jsonl"
+    references.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = run("caption", photos, "-m", model, "-f", "jsonl")
+    (tmp_path / "made.jsonl").write_text(made.stdout)
+    by_model = run("evaluate", "captions", references, "-m", model, "-f", "json")
+    by_file = run(
+        "evaluate", "captions", references, "--captions", tmp_path / "made.jsonl", "-f", "json"
+    )
+    assert by_model.returncode == 0, by_model.stderr
+    assert json.loads(by_model.stdout) == json.loads(by_file.stdout)
+    perfect = "".join(
+        json.dumps({"file": r["file"], "text": r["captions"][0]}) + "\n" for r in rows[:2]
+    )
+    (tmp_path / "perfect.jsonl").write_text(perfect)
+    done = run(
+        "evaluate", "captions", references, "--split", "test",
+        "--captions", tmp_path / "perfect.jsonl", "-f", "json",
+    )  # fmt: skip
+    scores = json.loads(done.stdout)
+    assert scores["num_images"] == 2 and scores["bleu_1"] == pytest.approx(1)
+    assert scores["cider_d"] > scores["blind"]["cider_d"]
+
+
+def test_help_is_fast() -> None:
+    """Under 0.3 s is promised: measured as processor time, for the machine may be busy."""
+    times = []
+    for _ in range(5):
+        before = os.times()
+        assert run("--help").returncode == 0
+        after = os.times()
+        times.append(
+            after.children_user - before.children_user
+            + after.children_system - before.children_system
+        )  # fmt: skip
+    assert min(times) < 0.3, times
