@@ -7,7 +7,6 @@ import os
 import random
 import socket
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+ROOT = Path(__file__).resolve().parents[1]
+
 # Read at import time by the libraries, so set before any of them is imported; subprocesses
 # inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-os.environ.setdefault(
-    "HYPOTHESIS_STORAGE_DIRECTORY", str(Path(tempfile.gettempdir()) / "diptych-hypothesis")
-)
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(ROOT / ".pytest_cache" / "hypothesis"))
 
 SEED = 20
 THREADS = 2
-SHARED_DATA = Path(
-    os.environ.get("DIPTYCH_SHARED_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data"
-)
+SHARED_DATA = Path(os.environ.get("DIPTYCH_SHARED_DATA") or ROOT.parent / "shared" / "data")
 
 
 class NetworkBlocked(RuntimeError):

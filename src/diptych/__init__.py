@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from diptych.errors import DiptychError as DiptychError
-    from diptych.image_to_text.captioner import Caption as Caption
+    from diptych.image_to_text.caption import Caption as Caption
     from diptych.image_to_text.captioner import Captioner as Captioner
     from diptych.image_to_text.captioner import caption as caption
     from diptych.image_to_text.captioner import export as export
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Public name → the module that defines it; imported when first used, so that `import diptych`
 # costs next to nothing.
 _HOMES = {
-    "Caption": "diptych.image_to_text.captioner",
+    "Caption": "diptych.image_to_text.caption",
     "CaptionOptions": "diptych.image_to_text.options",
     "Captioner": "diptych.image_to_text.captioner",
     "DiptychError": "diptych.errors",

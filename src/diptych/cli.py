@@ -21,7 +21,8 @@ import typer
 from diptych.errors import BadImage, BadInput, DiptychError
 
 if TYPE_CHECKING:
-    from diptych.image_to_text.captioner import Caption, Captioner
+    from diptych.image_to_text.caption import Caption
+    from diptych.image_to_text.captioner import Captioner
 
 __all__ = ["app", "main"]
 

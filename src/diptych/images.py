@@ -521,7 +521,8 @@ def _grey8(values: NDArray[Any], sixteen_bits: bool) -> NDArray[np.uint8]:
         factor = 255 / (high - offset)
 
     def scaled(rows: NDArray[Any]) -> NDArray[Any]:
-        wide = (np.nan_to_num(rows.astype(np.float64), posinf=high) - offset) * factor
+        finite = np.nan_to_num(rows.astype(np.float64), nan=offset, posinf=high, neginf=low)
+        wide = (finite - offset) * factor
         # Pillow truncates floats that need no scaling.
         return np.clip(np.trunc(wide) if factor == 1 else np.rint(wide), 0, 255)
 

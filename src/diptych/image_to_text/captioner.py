@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
@@ -15,6 +12,7 @@ from PIL import Image
 
 from diptych.errors import BadImage, BadInput
 from diptych.image_to_text import decoding
+from diptych.image_to_text.caption import WORD, Caption, Reading, View
 from diptych.image_to_text.options import CaptionOptions
 from diptych.images import Alpha, ImageInput, ImageLimits, Preprocessing, preprocess
 from diptych.runtimes.network import Network, OpenNetworks, open_networks
@@ -25,91 +23,6 @@ from diptych.weights.hub import resolve
 __all__ = ["Caption", "Captioner", "OnError", "caption", "export"]
 
 OnError = Literal["keep", "raise"]
-
-
-@dataclass(frozen=True, slots=True)
-class Caption:
-    """Hold the words for one picture.
-
-    `token_ids` are the generated ids without start token and prompt; `token_logprobs` the model's
-    log-probability of each; `score` what the search ranked by (with beams transformers'
-    `sequences_scores`, else the mean log-probability). `alternatives` are the further captions
-    of `num_return_sequences`, best first. `error` is set, and the text empty, for a picture of a
-    list that could not be read.
-    """
-
-    text: str
-    token_ids: tuple[int, ...] = ()
-    score: float = math.nan
-    token_logprobs: tuple[float, ...] = ()
-    alternatives: tuple[Caption, ...] = ()
-    options: CaptionOptions | None = None
-    error: BadImage | None = None
-    _view: _View | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def probability(self) -> float:
-        """Return the geometric mean of the tokens' probabilities, 0..1; nan without tokens."""
-        if not self.token_logprobs:
-            return math.nan
-        return math.exp(sum(self.token_logprobs) / len(self.token_logprobs))
-
-    @property
-    def words(self) -> list[str]:
-        """Return the words of the text, in order."""
-        return [match.group() for match in _WORD.finditer(self.text)]
-
-    def heatmap(self, word: str | int | None = None) -> NDArray[np.float32]:
-        """Return where the decoder looked, [h, w] over the picture's patches, mean of layers.
-
-        `word` is a word of the text (its first occurrence), its number from 0 in `words`, or None
-        for the mean of all. The picture is read and encoded once more, for nothing is kept of it.
-        Raises `BadInput` for a word that is not in the caption.
-        """
-        if self._view is None:
-            raise BadInput(f"{self.text!r} was not made from a picture at hand: caption it anew")
-        return self._view.captioner._look(self, self._view, word)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold: text, scores, tokens and alternatives, or the error."""
-        if self.error is not None:
-            return {"error": self.error.reason}
-        record: dict[str, Any] = {
-            "text": self.text,
-            "probability": self.probability,
-            "score": self.score,
-            "token_ids": list(self.token_ids),
-            "token_logprobs": list(self.token_logprobs),
-        }
-        if self.alternatives:
-            record["alternatives"] = [other.as_dict() for other in self.alternatives]
-        return record
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A caption that travels to another process leaves its captioner behind.
-        values = (self.text, self.token_ids, self.score, self.token_logprobs)
-        return type(self), (*values, self.alternatives, self.options, self.error)
-
-
-_WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
-
-
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    """Say how pictures are to be read."""
-
-    alpha: Alpha
-    limits: ImageLimits
-    allow_urls: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _View:
-    """Remember which picture a caption was made from, and by whom."""
-
-    captioner: Captioner
-    image: ImageInput
-    reading: _Reading
 
 
 class Captioner:
@@ -252,7 +165,7 @@ class Captioner:
             raise BadInput(f"on_error is {on_error!r}: give 'keep' or 'raise'")
         resolved = self._resolve(options, overrides)
         self._search_options(resolved)  # a wrong length is told before any picture is read
-        reading = _Reading(alpha, limits or ImageLimits(), bool(allow_urls))
+        reading = Reading(alpha, limits or ImageLimits(), bool(allow_urls))
         return self._caption_all(iter(images), resolved, batch_size, on_error, reading)
 
     def stream(
@@ -277,7 +190,7 @@ class Captioner:
                 "can be streamed: give num_return_sequences=1"
             )
         search_options, prompt = self._search_options(resolved)
-        reading = _Reading(alpha, limits or ImageLimits(), bool(allow_urls))
+        reading = Reading(alpha, limits or ImageLimits(), bool(allow_urls))
         pixels = self._pixels(image, reading)
         return self._stream(pixels, resolved, search_options, prompt)
 
@@ -343,7 +256,7 @@ class Captioner:
         prompt = (self._start, *self.tokenizer.encode(options.prompt.rstrip()))
         return options.for_search(len(prompt), self._positions), prompt
 
-    def _pixels(self, image: ImageInput, reading: _Reading) -> NDArray[np.float32]:
+    def _pixels(self, image: ImageInput, reading: Reading) -> NDArray[np.float32]:
         return preprocess(
             image,
             self.preprocessing,
@@ -358,7 +271,7 @@ class Captioner:
         options: CaptionOptions,
         batch_size: int,
         on_error: OnError,
-        reading: _Reading,
+        reading: Reading,
     ) -> Iterator[Caption]:
         done = 0
         while batch := _take(images, batch_size):
@@ -379,7 +292,7 @@ class Captioner:
                     own = options.replace(seed=options.seed + done)
                 found = self._search([pixels for _, pixels in group], own, places)
                 for place, hypotheses in zip(places, found, strict=True):
-                    view = _View(self, batch[place], reading)
+                    view = View(self, batch[place], reading)
                     if own.seed is not None:
                         own = options.replace(seed=(options.seed or 0) + done + place)
                     captions[place] = self._caption(hypotheses, own, view)
@@ -431,7 +344,7 @@ class Captioner:
         return _stripped(text) if options.strip else text
 
     def _caption(
-        self, hypotheses: list[decoding.Hypothesis], options: CaptionOptions, view: _View
+        self, hypotheses: list[decoding.Hypothesis], options: CaptionOptions, view: View
     ) -> Caption:
         prompt = self.tokenizer.encode(options.prompt.rstrip())
         captions = []
@@ -461,7 +374,7 @@ class Captioner:
             view,
         )
 
-    def _look(self, caption: Caption, view: _View, word: str | int | None) -> NDArray[np.float32]:
+    def look(self, caption: Caption, view: View, word: str | int | None) -> NDArray[np.float32]:
         prompt = self.tokenizer.encode(caption.options.prompt.rstrip()) if caption.options else []
         written = [*prompt, *caption.token_ids]
         chosen = self._tokens_of(caption, written, word)
@@ -482,7 +395,7 @@ class Captioner:
 
     def _tokens_of(self, caption: Caption, written: list[int], word: str | int | None) -> list[int]:
         text = self.tokenizer.decode(written)
-        matches = list(_WORD.finditer(text))
+        matches = list(WORD.finditer(text))
         if isinstance(word, int):
             matches = matches[word : word + 1] if 0 <= word < len(matches) else []
         elif word is not None:

@@ -13,7 +13,8 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from diptych.errors import BadImage, BadInput
-from diptych.image_to_text.captioner import Caption, Captioner
+from diptych.image_to_text.caption import Caption
+from diptych.image_to_text.captioner import Captioner
 from diptych.images import ImageLimits
 
 __all__ = ["ImageToTextPipeline", "UnreadableImage", "pipeline"]

@@ -6,6 +6,7 @@ whatever happens to the repository afterwards; the others are resolved once, whe
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -182,10 +183,8 @@ def _snapshot(repository: Path, model_id: str) -> Path | None:
     """Return the snapshot that loading `model_id` would take, or else one that is there."""
     known = known_model(model_id)
     wanted = [known.revision] if known and known.revision else []
-    try:
+    with contextlib.suppress(OSError, ValueError):
         wanted += [(repository / "refs" / "main").read_text("utf-8").strip()]
-    except (OSError, ValueError):
-        pass
     others = sorted(path.name for path in (repository / "snapshots").glob("*"))
     for commit in [*wanted, *others]:
         snapshot = repository / "snapshots" / commit

@@ -41,7 +41,9 @@ class ModelFolder:
     path: Path
     name: str  # what the user asked for
     revision: str | None  # the commit it was fetched from, where it comes from the hub
-    config: Mapping[str, Any]  # {"encoder": fields of ViTConfig, "decoder": of Gpt2Config, "bridge"}
+    config: Mapping[
+        str, Any
+    ]  # {"encoder": fields of ViTConfig, "decoder": of Gpt2Config, "bridge"}
     preprocessing: Mapping[str, Any]  # the words of a preprocessor_config.json
     generation: Mapping[str, Any]  # only what is set; decoder_start_token_id always
     tokenizer: Path  # tokenizer.json, or vocab.json with merges.txt beside it
@@ -59,11 +61,13 @@ def describe(folder: Path, name: str | None = None, revision: str | None = None)
     """
     folder = Path(folder)
     name = str(folder) if name is None else name
-    _check_folder(folder, name)
     try:
+        _check_folder(folder, name)
         if (folder / "artifact.json").is_file():
             return _describe_artifact(folder, name, revision)
         return _describe_checkpoint(folder, name, revision)
+    except OSError as error:
+        raise UnknownModel(f"{name} cannot be opened: {error.strerror or error}.") from error
     except (UnsupportedModel, WeightsMismatch) as error:
         raise type(error)(f"{name}: {str(error).rstrip('.')}.") from error
 
@@ -124,7 +128,7 @@ def _check_folder(folder: Path, name: str) -> None:
     if (folder / "artifact.json").is_file() or (folder / "config.json").is_file():
         return
     if (folder / "model_index.json").is_file():
-        raise UnsupportedModel(f"{name} is a diffusers pipeline, not a captioner.")
+        raise UnsupportedModel("it is a diffusers pipeline, not a captioner")
     raise UnknownModel(
         f"{name} has no config.json or artifact.json ({contents(folder)}): "
         "give the folder of a captioner, one of transformers' or one that diptych exported."

@@ -67,13 +67,13 @@ def generation_defaults(
     decoder = config.get("decoder")
     decoder = decoder if isinstance(decoder, dict) else {}
     older = {
-        word: config[word] if config.get(word) is not None else decoder.get(word)
-        for word in _WORDS
+        word: config[word] if config.get(word) is not None else decoder.get(word) for word in _WORDS
     }
     if words is not None:
         older = {word: older[word] for word in _TOKENS}
-    return filter_words({**older, **{k: v for k, v in (words or {}).items() if v is not None}},
-                        vocab_size)
+    return filter_words(
+        {**older, **{k: v for k, v in (words or {}).items() if v is not None}}, vocab_size
+    )
 
 
 def filter_words(words: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:

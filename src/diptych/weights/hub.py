@@ -67,9 +67,11 @@ def resolve(
         if not catalog.EMBEDDED.is_dir():
             raise UnknownModel("this install carries no default model: reinstall diptych.")
         return describe(catalog.EMBEDDED, name)
-    if name and (path := Path(name).expanduser()).exists():
+    # os.path, because a name too long for a path, or of an unknown user, is merely not there.
+    path = os.path.expanduser(name)  # noqa: PTH111
+    if name and os.path.exists(path):  # noqa: PTH110
         _refuse_revision(name, revision)
-        return describe(path, name)
+        return describe(Path(path), name)
     known = catalog.known_model(name)
     model_id = known.id if known else name
     if not _MODEL_ID.fullmatch(model_id) or isinstance(name_or_path, Path):
@@ -136,7 +138,11 @@ def _fetch(model_id: str, name: str, revision: str, progress: bool) -> ModelFold
     if constants.HF_HUB_OFFLINE:
         return _without_network(model_id, name, revision, "HF_HUB_OFFLINE is set")
     page = f"https://huggingface.co/{model_id}"
-    failures = (OSError, getattr(errors, "HTTPError", OSError), getattr(errors, "XetDownloadError", OSError))
+    failures = (
+        OSError,
+        getattr(errors, "HTTPError", OSError),
+        getattr(errors, "XetDownloadError", OSError),
+    )
     try:
         with _quiet(progress):
             info = HfApi().model_info(model_id, revision=revision)
@@ -160,8 +166,9 @@ def _fetch(model_id: str, name: str, revision: str, progress: bool) -> ModelFold
             f"{_advice(name)}"
         ) from error
     except failures as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-            reason = os.strerror(error.errno)
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+            reason = os.strerror(number)
             raise BadInput(
                 f"{model_id} cannot be stored in {catalog.cache_folder()}: {reason}. Make room, or "
                 "set HF_HOME to another folder."
@@ -206,17 +213,21 @@ def _needed(files: Sequence[str], name: str) -> list[str]:
 @contextmanager
 def _quiet(progress: bool) -> Iterator[None]:
     """Keep huggingface_hub from drawing bars, unless asked for, and from talking."""
-    from huggingface_hub import utils
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
     talker = logging.getLogger("huggingface_hub")
     level = talker.level
-    silence = not progress and not utils.are_progress_bars_disabled()
+    silence = not progress and not are_progress_bars_disabled()
     talker.setLevel(logging.ERROR)
     if silence:
-        utils.disable_progress_bars()
+        disable_progress_bars()
     try:
         yield
     finally:
         talker.setLevel(level)
         if silence:
-            utils.enable_progress_bars()
+            enable_progress_bars()

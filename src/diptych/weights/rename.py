@@ -29,15 +29,15 @@ class Dialect(Protocol):
     """
 
     @property
-    def NAME(self) -> str: ...  # noqa: N802
+    def NAME(self) -> str: ...
     @property
-    def TELLTALE(self) -> str: ...  # noqa: N802
+    def TELLTALE(self) -> str: ...
     @property
-    def ALIASES(self) -> Pairs: ...  # noqa: N802
+    def ALIASES(self) -> Pairs: ...
     @property
-    def RULES(self) -> tuple[tuple[str, str | None], ...]: ...  # noqa: N802
+    def RULES(self) -> tuple[tuple[str, str | None], ...]: ...
     @property
-    def RESHAPE(self) -> Mapping[str, Literal["transpose"]]: ...  # noqa: N802
+    def RESHAPE(self) -> Mapping[str, Literal["transpose"]]: ...
 
 
 @dataclass(frozen=True, slots=True)
