@@ -36,7 +36,13 @@ FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in room
 
 # Leaves are open to every room but `models`, which knows nothing. They know none of ours, except
 # that pictures and words that cannot be read are reported as one of our own errors.
-LEAVES = {"errors": set(), "text": {"errors"}, "images": {"errors"}}
+LEAVES = {
+    "errors": set(),
+    "text": {"errors"},
+    "remote_images": {"errors"},
+    "images": {"errors", "remote_images"},
+    "inputs": {"errors"},
+}
 
 # Only these may import torch at the top of a file; the others reach them inside a function.
 TORCH_LINE = (

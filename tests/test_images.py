@@ -232,8 +232,8 @@ def test_32_bit_integers(values: list[int], expected: list[int]) -> None:
         ([0.0, 5e5, 1e6], [0, 128, 255]),
         ([-1e38, 0.0, 1e38], [0, 128, 255]),
         ([np.nan, 0.5, 1.0], [0, 128, 255]),
-        ([-np.inf, 0.5, np.inf], [0, 128, 128]),
-        ([np.nan, np.inf, -np.inf], [0, 0, 0]),
+        ([-np.inf, 0.5, np.inf], [0, 128, 255]),
+        ([np.nan, np.inf, -np.inf], [0, 255, 0]),
         ([np.nan] * 3, [0] * 3),
     ],
 )
@@ -349,7 +349,9 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_files_equal_transformers(file: Path) -> None:
     if file.stem == "pfm":
         pytest.skip("floats are scaled, not clipped")
-    assert same(open_image(file, alpha="drop"), load_image(str(file)))
+    # Opened here, because theirs leaves the file open.
+    with file.open("rb") as stream:
+        assert same(open_image(file, alpha="drop"), load_image(Image.open(stream)))
 
 
 def test_every_way_to_give_a_file_is_the_same(file: Path) -> None:
@@ -486,7 +488,7 @@ def test_an_array_of_both_layouts_is_read_channels_last() -> None:
         (np.zeros((5, 0), np.uint8), "has no pixels"),
         (np.zeros((3, 0, 5), np.uint8), "has no pixels"),
         (np.zeros(5, np.uint8), "shape 5;"),
-        (np.uint8(4) * np.ones((), np.uint8), r"shape \(\);"),
+        (np.array(4, np.uint8), r"shape \(\);"),
         (np.zeros((1, 5, 5, 3), np.uint8), "shape 1 x 5 x 5 x 3;"),
         (np.zeros((5, 5, 2), np.uint8), "shape 5 x 5 x 2;"),
         (np.zeros((5, 5), np.int64), "dtype int64"),
@@ -796,7 +798,7 @@ def test_pillows_warnings_neither_escape_nor_hurt() -> None:
                 before = list(warnings.filters)
                 open_image(data, alpha="drop")
                 with pytest.raises(BadImage):
-                    open_image(data[:-20], alpha="drop")
+                    open_image(data[: len(data) // 2], alpha="drop")
                 assert list(warnings.filters) == before
             assert seen == []
 
@@ -895,9 +897,10 @@ def random_config(rng: np.random.Generator) -> dict[str, Any]:
         "do_rescale": bool(rng.random() < 0.8),
         "do_normalize": bool(rng.random() < 0.8),
     }
+    config = {key: value for key, value in config.items() if rng.random() < 0.9}
     if rng.random() < 0.4:
         config |= {"do_center_crop": True, "crop_size": {"height": side(), "width": side()}}
-    return {key: value for key, value in config.items() if rng.random() < 0.9}
+    return config
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -1010,8 +1013,9 @@ def test_configs_of_every_age(config: dict[str, Any], expected: Preprocessing) -
         ({"size": 10**30}, "size"),
         ({"size": True}, "size"),
         ({"size": {"height": 5.5, "width": 5}}, "size"),
-        ({"crop_size": {"shortest_edge": 5}}, "crop_size="),
+        ({"do_center_crop": True, "crop_size": {"shortest_edge": 5}}, "crop_size="),
         ({"do_center_crop": True, "crop_size": 5000}, "crop_size"),
+        ({"do_center_crop": True}, "crop_size"),
         ({"resample": 6}, "resample"),
         ({"resample": -1}, "resample"),
         ({"resample": "bilinear"}, "resample"),

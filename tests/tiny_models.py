@@ -91,6 +91,9 @@ def make_captioner(folder: Path, seed: int, **changes: Any) -> Any:
     for name, parameter in model.named_parameters():
         if "bias" in name or "position" in name or "token" in name.rsplit(".", 1)[-1]:
             torch.nn.init.normal_(parameter, std=0.2)
+    with torch.no_grad():
+        # The end token gets a louder voice, so that captions end, and at different lengths.
+        model.decoder.transformer.wte.weight[0] *= 2.5
     for config in (model.config, model.generation_config):
         config.decoder_start_token_id = config.eos_token_id = config.pad_token_id = 0
     model.generation_config.max_length = 20

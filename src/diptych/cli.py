@@ -310,7 +310,7 @@ def models(format: Output = Format.text) -> None:
 
     table = Table("model", "where", "size", "licence", "source", box=None, pad_edge=False)
     for each in known:
-        size = f"{each.size_bytes / 1e6:.0f} MB" if each.size_bytes else "?"
+        size = f"{each.size / 1e6:.0f} MB" if each.size else "?"
         table.add_row(each.name, each.state, size, each.licence, each.source)
     Console().print(table)
 

@@ -260,11 +260,14 @@ def _check_header(image: Image.Image, data: bytes, name: str, limits: ImageLimit
         _check_size(inner, name, limits)
     codecs = {str(tile[0]) for tile in getattr(image, "tile", ())}
     in_python = not codecs.isdisjoint(Image.DECODERS)
-    if in_python and width * height > limits.max_slow_pixels:
+    # OpenJPEG holds some 30 bytes a pixel, so that a file of 1 kB could ask for 2 GB.
+    ceiling = limits.max_pixels // 4 if image.format == "JPEG2000" else limits.max_pixels
+    ceiling = limits.max_slow_pixels if in_python else ceiling
+    if width * height > ceiling:
         raise BadImage(
             name,
             f"has {width} x {height} pixels; {image.format} in this encoding is read "
-            f"up to {limits.max_slow_pixels:,}",
+            f"up to {ceiling:,}",
         )
     # That decoder copies a megabyte for every comment.
     if "ppm_plain" in codecs and data.count(b"#") > 100:
@@ -509,7 +512,7 @@ def _deep_grey(image: Image.Image, alpha: Alpha) -> Image.Image:
 
 
 def _grey8(values: NDArray[Any], sixteen_bits: bool) -> NDArray[np.uint8]:
-    """Scale numbers of any depth to 0..255; NaN and what lies outside are clipped."""
+    """Scale numbers of any depth to 0..255; clip what lies outside, make NaN black."""
     low, high, _ = _value_range(values)
     offset, factor = 0.0, 1.0
     if values.dtype.kind == "f" and high <= 1:
@@ -520,8 +523,10 @@ def _grey8(values: NDArray[Any], sixteen_bits: bool) -> NDArray[np.uint8]:
         offset = min(low, 0.0)
         factor = 255 / (high - offset)
 
+    white = offset + 255 / factor
+
     def scaled(rows: NDArray[Any]) -> NDArray[Any]:
-        finite = np.nan_to_num(rows.astype(np.float64), nan=offset, posinf=high, neginf=low)
+        finite = np.nan_to_num(rows.astype(np.float64), nan=offset, posinf=white, neginf=offset)
         wide = (finite - offset) * factor
         # Pillow truncates floats that need no scaling.
         return np.clip(np.trunc(wide) if factor == 1 else np.rint(wide), 0, 255)
@@ -600,10 +605,16 @@ _MAX_SIZE = 4096
 _MAX_RESIZED_PIXELS = 64_000_000
 
 # What a missing key of the file means, by kind of processor (transformers 5.23).
-_VIT = {"size": 224, "resample": int(Image.Resampling.BILINEAR), "do_center_crop": False}
-_DEIT = {"size": 256, "resample": int(Image.Resampling.BICUBIC), "do_center_crop": True}
-_COMMON = {
+_VIT = {"size": 224, "resample": int(Image.Resampling.BILINEAR)}
+_DEIT = {
+    "size": 256,
+    "resample": int(Image.Resampling.BICUBIC),
+    "do_center_crop": True,
     "crop_size": 224,
+}
+_COMMON = {
+    "do_center_crop": False,
+    "crop_size": None,
     "do_resize": True,
     "do_rescale": True,
     "do_normalize": True,
@@ -683,7 +694,7 @@ class Preprocessing:
             if not isinstance(values[key], bool):
                 raise UnsupportedModel(f"{key} must be true or false, not {values[key]!r}")
         height, width, shortest_edge = _size(values["size"], values["default_to_square"])
-        crop_height, crop_width, _ = _size(values["crop_size"], True, "crop_size")
+        crop = _size(values["crop_size"], True, "crop_size") if values["do_center_crop"] else None
         return cls(
             height=height,
             width=width,
@@ -694,7 +705,7 @@ class Preprocessing:
             do_resize=values["do_resize"],
             do_rescale=values["do_rescale"],
             do_normalize=values["do_normalize"],
-            crop=(crop_height, crop_width) if values["do_center_crop"] else None,
+            crop=crop and crop[:2],
             shortest_edge=shortest_edge,
         )
 

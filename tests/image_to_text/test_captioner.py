@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import make_captioner, make_photo, write_json
 
 from diptych import Caption, Captioner
 from diptych.errors import BadImage, BadInput, UnknownModel
+from tiny_models import make_captioner, make_photo, write_json
 
 VARIANTS: list[dict[str, Any]] = [
     {},

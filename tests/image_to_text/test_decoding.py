@@ -6,7 +6,6 @@ our search, without any cache, so these tests see the search alone.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -160,14 +159,12 @@ class Gaps:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.smallest = np.inf
-        self.ranked_nothing = False
         plain = decoding.rank
 
         def recording(scores: np.ndarray, count: int) -> np.ndarray:
             places = plain(scores, count + 1)
             best = scores[places]
             # Beams that only repeat another, and words that are banned, tie by construction.
-            self.ranked_nothing |= bool(best[count // 2 - 1] < -1e8) and scores.ndim == 1
             if len(places) > count and best[count] > -1e8:
                 self.smallest = min(self.smallest, float(best[count - 1] - best[count]))
             return places[:count]
@@ -247,3 +244,478 @@ def compare_one(seed: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_same_tokens_as_transformers(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [compare_one(20 * block + i, monkeypatch) for i in range(20)]
     assert len({length for case in lengths for length in case}) > 5, "captions of many lengths"
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_same_tokens_with_fewer_words_than_candidates(seed: int) -> None:
+    """With V < 2 * num_beams some beams only repeat the first, at transformers' score of -1e9.
+
+    With V <= num_beams such beams tie, and transformers' choice among them is that of torch.topk.
+    """
+    rng = np.random.default_rng(seed)
+    num_beams = int(rng.integers(2, 7))
+    vocabulary = int(rng.integers(num_beams + 1, 2 * num_beams + 1))
+    model = reference_model(seed, vocabulary, end_bias=float(rng.choice([0.0, 3.0])))
+    end = vocabulary - 1
+    words = {
+        "num_beams": num_beams,
+        "num_return_sequences": num_beams,
+        "max_new_tokens": int(rng.integers(1, 9)),
+        "length_penalty": float(rng.choice([-1.0, 1.0])),
+        "early_stopping": [False, True, "never"][seed % 3],
+    }
+    pixel_values = pictures(seed, 2)
+    reference = their_captions(model, pixel_values, [end], [end], **words)
+    ours = our_captions(ReferenceStep(model, pixel_values), 2, [end], [end], **words)
+    assert_same_captions(ours, reference, words)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_same_tokens_without_an_end_token(num_beams: int) -> None:
+    model = reference_model(3, 20)
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    words = {"num_beams": num_beams, "num_return_sequences": num_beams, "max_new_tokens": 7}
+    pixel_values = pictures(3, 2)
+    reference = their_captions(model, pixel_values, [19], [], **words)
+    ours = our_captions(ReferenceStep(model, pixel_values), 2, [19], [], **words)
+    assert_same_captions(ours, reference, words)
+    assert {len(found.token_ids) for image in ours for found in image} == {7}
+
+
+def test_greedy_with_every_token_banned_gives_token_0_as_transformers_does() -> None:
+    """A quirk of transformers: argmax over nothing but -inf."""
+    model = reference_model(0, 5)
+    words = {"no_repeat_ngram_size": 1, "max_new_tokens": 8}
+    pixel_values = pictures(0, 1)
+    reference = their_captions(model, pixel_values, [4], [4], **words)
+    ours = our_captions(ReferenceStep(model, pixel_values), 1, [4], [4], **words)
+    assert_same_captions(ours, reference, words)
+    assert ours[0][0].token_ids[-4:] == (0, 0, 0, 0)
+
+
+def test_beams_with_every_token_banned_return_what_stood() -> None:
+    """A quirk of transformers: unfinished rows come back with a score of -1e9.
+
+    Their order is a tie that torch.topk settles, so rows are compared in kind only.
+    """
+    model = reference_model(0, 9)
+    words = {"no_repeat_ngram_size": 1, "max_new_tokens": 12, "num_beams": 2}
+    pixel_values = pictures(0, 1)
+    [[(their_ids, their_score)]] = their_captions(model, pixel_values, [8], [8], **words)
+    [[found]] = our_captions(ReferenceStep(model, pixel_values), 1, [8], [8], **words)
+    assert found.score == their_score == -1e9
+    assert sorted(found.token_ids) == sorted(their_ids) == list(range(8))
+    assert len(found.token_logprobs) == 8
+
+
+# Closed forms ---------------------------------------------------------------------------------
+
+
+class TableStep:
+    """Give logits that depend on the image and on everything said so far."""
+
+    def __init__(self, logits_of: Callable[[int, tuple[int, ...]], np.ndarray]) -> None:
+        self.logits_of = logits_of
+        self.rows: list[tuple[int, tuple[int, ...]]] = []
+
+    def __call__(self, token_ids: np.ndarray, parents: np.ndarray | None) -> np.ndarray:
+        before = [(image, ()) for image in range(len(token_ids))]
+        if parents is not None:
+            before = [self.rows[parent] for parent in parents]
+        self.rows = [
+            (image, said + tuple(new.tolist()))
+            for (image, said), new in zip(before, token_ids, strict=True)
+        ]
+        return np.stack([self.logits_of(image, said) for image, said in self.rows])
+
+
+def random_table(seed: int, vocabulary: int) -> TableStep:
+    def logits_of(image: int, said: tuple[int, ...]) -> np.ndarray:
+        rng = np.random.default_rng((seed, image, *said))
+        return rng.normal(scale=2.0, size=vocabulary).astype(np.float32)
+
+    return TableStep(logits_of)
+
+
+def every_caption(
+    step: TableStep, image: int, end: int, new_tokens: int, length_penalty: float
+) -> Iterator[tuple[tuple[int, ...], float]]:
+    def grow(said: tuple[int, ...], total: float) -> Iterator[tuple[tuple[int, ...], float]]:
+        if len(said) == new_tokens or (said and said[-1] == end):
+            yield said, total / len(said) ** length_penalty
+            return
+        logprobs = decoding.log_softmax(step.logits_of(image, (end, *said))[None])[0]
+        for token, logprob in enumerate(logprobs.tolist()):
+            yield from grow((*said, token), total + logprob)
+
+    return grow((), 0.0)
+
+
+@pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 1.0, 2.5])
+@pytest.mark.parametrize(("vocabulary", "new_tokens"), [(2, 5), (3, 4), (4, 3)])
+def test_wide_beam_search_equals_brute_force(
+    vocabulary: int, new_tokens: int, length_penalty: float
+) -> None:
+    end, width = vocabulary - 1, vocabulary**new_tokens
+    step = random_table(7, vocabulary)
+    found = search(
+        step,
+        num_images=2,
+        prompt_ids=[end],
+        options=decided(
+            num_beams=width,
+            num_return_sequences=8,
+            max_new_tokens=new_tokens,
+            length_penalty=length_penalty,
+        ),
+        eos_token_ids=[end],
+    )
+    for image, hypotheses in enumerate(found):
+        best = sorted(
+            every_caption(step, image, end, new_tokens, length_penalty), key=lambda x: -x[1]
+        )
+        assert len(hypotheses) == min(8, width)
+        for hypothesis, (token_ids, score) in zip(hypotheses[: len(best)], best[:8], strict=True):
+            assert hypothesis.token_ids == token_ids
+            assert hypothesis.score == pytest.approx(score, abs=1e-5)
+
+
+def test_log_probabilities_are_the_models_own() -> None:
+    model = reference_model(11, 24, end_bias=3.0)
+    pixel_values = pictures(11, 3)
+    filtered = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "max_new_tokens": 10}
+    for words in ({}, {"num_beams": 3}, {"do_sample": True, "seed": 4, "temperature": 1.7}):
+        step = ReferenceStep(model, pixel_values)
+        found = our_captions(step, 3, [23], [23], **filtered, **words)
+        for image, [hypothesis] in enumerate(found):
+            ids = torch.tensor([[23, *hypothesis.token_ids]])
+            with torch.no_grad():
+                logits = model.decoder(
+                    input_ids=ids, encoder_hidden_states=step.encoded[image : image + 1]
+                ).logits[0, :-1]
+            expected = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            assert hypothesis.token_logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_scores_follow_from_log_probabilities() -> None:
+    model = reference_model(12, 24, end_bias=3.0)
+    pixel_values = pictures(12, 2)
+    step = lambda: ReferenceStep(model, pixel_values)  # noqa: E731
+    words = {"num_beams": 4, "length_penalty": 0.7, "max_new_tokens": 9, "num_return_sequences": 4}
+    for hypothesis in itertools.chain(*our_captions(step(), 2, [23], [23], **words)):
+        total = sum(hypothesis.token_logprobs)
+        expected = total / len(hypothesis.token_ids) ** 0.7
+        assert hypothesis.score == pytest.approx(expected, abs=1e-5)
+    for hypothesis in itertools.chain(*our_captions(step(), 2, [23], [23], max_new_tokens=9)):
+        assert hypothesis.score == pytest.approx(np.mean(hypothesis.token_logprobs), abs=1e-6)
+
+
+# Sampling -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_filters_equal_those_of_transformers(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    vocabulary = int(rng.choice([7, 50, 1000]))
+    scores = rng.normal(scale=3, size=(3, vocabulary)).astype(np.float32)
+    if seed % 4 == 0:
+        scores = scores.round()  # many ties
+    words = {
+        "temperature": float(rng.choice([0.3, 1.0, 1.9])),
+        "top_k": int(rng.choice([0, 1, 5, 50])),
+        "top_p": float(rng.choice([0.0, 0.1, 0.5, 0.95, 1.0])),
+        "repetition_penalty": float(rng.choice([0.8, 1.0, 1.6])),
+        "no_repeat_ngram_size": int(rng.choice([0, 1, 2, 3])),
+        "min_length": int(rng.choice([0, 5, 20])),
+    }
+    end = vocabulary - 1
+    token_ids = rng.integers(0, min(vocabulary, 9), (3, 12))
+    options = decided(**words, do_sample=True, seed=0, max_length=40)
+    ours = decoding._apply(decoding._filters(options, np.array([end])), scores, token_ids)
+    chain = [
+        theirs.RepetitionPenaltyLogitsProcessor(words["repetition_penalty"]),
+        theirs.NoRepeatNGramLogitsProcessor(words["no_repeat_ngram_size"] or 99),
+        theirs.MinLengthLogitsProcessor(words["min_length"], torch.tensor([end])),
+        theirs.TemperatureLogitsWarper(words["temperature"]),
+        theirs.TopKLogitsWarper(words["top_k"] or vocabulary),
+        theirs.TopPLogitsWarper(words["top_p"]),
+    ]
+    reference = torch.from_numpy(scores)
+    for process in chain:
+        reference = process(torch.from_numpy(token_ids), reference)
+    expected = reference.numpy()
+    assert (np.isinf(ours) == np.isinf(expected)).all()
+    legal = np.isfinite(expected)
+    np.testing.assert_allclose(ours[legal], expected[legal], rtol=1e-6)
+
+
+def test_draws_follow_the_filtered_distribution() -> None:
+    logits = np.array([2.0, 1.5, 1.0, 0.5, 0.0, -3.0], np.float32)
+    words = {"temperature": 0.8, "top_k": 5, "top_p": 0.92, "seed": 1, "max_new_tokens": 1}
+    count = 4000
+    found = search(
+        TableStep(lambda image, said: logits),
+        num_images=count,
+        prompt_ids=[5],
+        options=decided(**words),
+        eos_token_ids=[5],
+    )
+    drawn = np.bincount([image[0].token_ids[0] for image in found], minlength=6) / count
+    reference = torch.from_numpy(logits[None]) / 0.8
+    reference = theirs.TopPLogitsWarper(0.92)(None, theirs.TopKLogitsWarper(5)(None, reference))
+    expected = reference.softmax(-1)[0].numpy()
+    assert (expected == 0).sum() == 2
+    assert (drawn[expected == 0] == 0).all()
+    spread = np.sqrt(expected * (1 - expected) / count)
+    assert (np.abs(drawn - expected) <= 4 * spread).all(), (drawn, expected)
+
+
+def test_seeds_repeat_and_number_the_images() -> None:
+    model = reference_model(5, 40, sharpness=1.0)
+    words = {"temperature": 1.3, "max_new_tokens": 10}
+    pixel_values = pictures(5, 1).repeat(4, 1, 1, 1)
+
+    def sample(images: slice, seed: int, **more: Any) -> list[list[Hypothesis]]:
+        step = ReferenceStep(model, pixel_values[images])
+        return our_captions(step, len(pixel_values[images]), [39], [39], seed=seed, **words, **more)
+
+    batch = sample(slice(4), 0)
+    assert batch == sample(slice(4), 0)
+    ids = [image[0].token_ids for image in batch]
+    assert ids == [sample(slice(1), seed)[0][0].token_ids for seed in range(4)]
+    assert len(set(ids)) > 1
+    several = sample(slice(2), 0, num_return_sequences=3)
+    for image, hypotheses in enumerate(several):
+        assert [h.score for h in hypotheses] == sorted((h.score for h in hypotheses), reverse=True)
+        assert ids[image] in [h.token_ids for h in hypotheses], "more captions keep the first draw"
+
+
+def test_sampling_ends_captions_at_the_end_token() -> None:
+    model = reference_model(6, 20, sharpness=1.0, end_bias=4.0)
+    step = ReferenceStep(model, pictures(6, 3))
+    words = {"num_return_sequences": 5, "do_sample": True, "seed": 3, "max_new_tokens": 12}
+    found = our_captions(step, 3, [19], [19], **words)
+    assert [len(image) for image in found] == [5, 5, 5]
+    hypotheses = list(itertools.chain(*found))
+    assert len({len(h.token_ids) for h in hypotheses}) > 2
+    for hypothesis in hypotheses:
+        assert 19 not in hypothesis.token_ids[:-1]
+        assert hypothesis.token_ids[-1] == 19 or len(hypothesis.token_ids) == 12
+        assert len(hypothesis.token_logprobs) == len(hypothesis.token_ids)
+
+
+# Batches, streams, the rules of a step --------------------------------------------------------
+
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"no_repeat_ngram_size": 2, "repetition_penalty": 1.3},
+    {"num_beams": 2},
+    {"num_beams": 5, "length_penalty": 2.0, "early_stopping": "never"},
+    {"num_beams": 3, "early_stopping": True},
+    {"do_sample": True, "seed": 9},
+]
+
+
+@pytest.mark.parametrize("words", WAYS)
+def test_an_image_gives_in_a_batch_what_it_gives_alone(words: dict[str, Any]) -> None:
+    model = reference_model(21, 30, end_bias=4.0)
+    pixel_values = pictures(21, 8)
+    words = {"max_new_tokens": 12, **words}
+    step = ReferenceStep(model, pixel_values)
+    together = our_captions(step, 8, [29], [29], **words)
+    for image in range(8):
+        alone = dict(words)
+        if "seed" in words:
+            alone["seed"] += image
+        one = ReferenceStep(model, pixel_values[image : image + 1])
+        [hypotheses] = our_captions(one, 1, [29], [29], **alone)
+        assert [h.token_ids for h in hypotheses] == [h.token_ids for h in together[image]]
+    fed = step.rows_fed
+    assert fed[0] == 8
+    assert fed[1:] == sorted(fed[1:], reverse=True)
+    assert fed[-1] < fed[1], "images that are done leave the batch"
+    assert all(rows % words.get("num_beams", 1) == 0 for rows in fed[1:])
+
+
+@pytest.mark.parametrize("words", WAYS)
+@pytest.mark.parametrize("seed", [31, 32, 33])
+def test_streams_give_the_best_caption_piece_by_piece(seed: int, words: dict[str, Any]) -> None:
+    model = reference_model(seed, 30, end_bias=3.0)
+    pixel_values = pictures(seed, 1)
+    words = {"max_new_tokens": 12, **words}
+    [[best, *_]] = our_captions(ReferenceStep(model, pixel_values), 1, [29], [29], **words)
+    pieces = list(
+        stream(
+            ReferenceStep(model, pixel_values),
+            prompt_ids=[29],
+            options=decided(**words),
+            eos_token_ids=[29],
+        )
+    )
+    assert all(pieces)
+    assert sum(pieces, ()) == best.token_ids
+    if words.get("num_beams", 1) == 1:
+        assert all(len(piece) == 1 for piece in pieces)
+
+
+def test_beams_settle_tokens_before_the_end() -> None:
+    sizes = []
+    for seed in range(6):
+        model = reference_model(seed, 30, sharpness=4.0, end_bias=3.0)
+        steps = search_steps(
+            ReferenceStep(model, pictures(seed, 2)),
+            num_images=2,
+            prompt_ids=[29],
+            options=decided(num_beams=3, max_new_tokens=14),
+            eos_token_ids=[29],
+        )
+        seen = [[settled(state) for state in states] for states in steps]
+        for image in range(2):
+            final = seen[-1][image]
+            for before, after in itertools.pairwise(states[image] for states in seen):
+                assert after[: len(before)] == before
+                sizes.append(len(before) if before != final else 0)
+    assert max(sizes) > 2
+
+
+def test_streaming_gives_one_caption_only() -> None:
+    options = decided(num_beams=3, num_return_sequences=2)
+    with pytest.raises(BadInput, match=r"num_return_sequences is 2.*num_return_sequences=1"):
+        next(stream(random_table(0, 9), prompt_ids=[8], options=options, eos_token_ids=[8]))
+
+
+def test_the_step_is_called_as_often_as_needed() -> None:
+    for words, calls in (({"max_new_tokens": 1}, 1), ({"max_new_tokens": 5, "min_length": 6}, 5)):
+        for num_beams in (1, 3):
+            step = ReferenceStep(reference_model(0, 20), pictures(0, 2))
+            our_captions(step, 2, [19], [19], num_beams=num_beams, **words)
+            assert step.rows_fed == [2, *[2 * num_beams] * (calls - 1)]
+
+
+def test_no_image_needs_no_step() -> None:
+    options = decided(num_beams=2)
+    assert (
+        search(random_table(0, 9), num_images=0, prompt_ids=[8], options=options, eos_token_ids=[8])
+        == []
+    )
+
+
+@pytest.mark.parametrize("prompt_ids", [[], [1] * 6])
+def test_prompts_without_room_are_refused(prompt_ids: list[int]) -> None:
+    options = decided(max_length=6)
+    with pytest.raises(BadInput, match="max_length is 6"):
+        search(
+            random_table(0, 9),
+            num_images=1,
+            prompt_ids=prompt_ids,
+            options=options,
+            eos_token_ids=[8],
+        )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("words", WAYS)
+def test_logits_that_are_no_numbers_are_named(value: float, words: dict[str, Any]) -> None:
+    def logits_of(image: int, said: tuple[int, ...]) -> np.ndarray:
+        logits = np.zeros(9, np.float32)
+        logits[4] = value if len(said) == 3 else 1.0
+        return logits
+
+    with pytest.raises(DiptychError, match="not finite at step 3"):
+        search(
+            TableStep(logits_of),
+            num_images=2,
+            prompt_ids=[8],
+            options=decided(**words),
+            eos_token_ids=[8],
+        )
+
+
+@pytest.mark.parametrize("words", WAYS)
+def test_a_model_may_ban_tokens_itself(words: dict[str, Any]) -> None:
+    def logits_of(image: int, said: tuple[int, ...]) -> np.ndarray:
+        return np.where(np.arange(60) % 3 == 0, -np.inf, np.float32(0.0)).astype(np.float32)
+
+    found = search(
+        TableStep(logits_of),
+        num_images=2,
+        prompt_ids=[59],
+        options=decided(max_new_tokens=6, **words),
+        eos_token_ids=[59],
+    )
+    for hypothesis in itertools.chain(*found):
+        assert all(token % 3 for token in hypothesis.token_ids)
+        assert np.isfinite(hypothesis.token_logprobs).all()
+
+
+def test_sampling_from_nothing_says_so() -> None:
+    words = {"seed": 0, "top_p": 0.5, "no_repeat_ngram_size": 1, "max_new_tokens": 9}
+    with pytest.raises(DiptychError, match="no token is left"):
+        our_captions(random_table(0, 5), 1, [4], [4], **words)
+
+
+def test_steps_may_reuse_their_buffer() -> None:
+    model = reference_model(2, 20, end_bias=3.0)
+    for words in WAYS:
+        fresh = ReferenceStep(model, pictures(2, 3))
+        inner = ReferenceStep(model, pictures(2, 3))
+        buffer = np.zeros((64, 20), np.float32)
+
+        def reusing(
+            token_ids: np.ndarray,
+            parents: np.ndarray | None,
+            inner: ReferenceStep = inner,
+            buffer: np.ndarray = buffer,
+        ) -> np.ndarray:
+            view = buffer[: len(token_ids)]
+            view[:] = inner(token_ids, parents)
+            view.flags.writeable = False
+            return view
+
+        words = {"max_new_tokens": 8, "repetition_penalty": 1.2, **words}
+        assert our_captions(reusing, 3, [19], [19], **words) == our_captions(
+            fresh, 3, [19], [19], **words
+        )
+
+
+# Numbers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_rank_is_a_stable_sort(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    size = int(rng.choice([1, 5, 255, 256, 1000, 20_000]))
+    scores = rng.normal(size=size).astype(np.float32)
+    if seed % 2:
+        scores = scores.round(1)
+    if seed % 3 == 0:
+        scores[rng.random(size) < 0.9] = -np.inf
+    for count in (1, 2, 8, 64):
+        expected = np.argsort(-scores, kind="stable")[:count]
+        assert (decoding.rank(scores, count) == expected).all()
+
+
+def test_log_softmax_equals_torch() -> None:
+    logits = np.random.default_rng(0).normal(scale=20, size=(4, 50257)).astype(np.float32)
+    expected = torch.from_numpy(logits).log_softmax(-1).numpy()
+    ours = decoding.log_softmax(logits)
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, expected, atol=2e-5)
+
+
+def test_a_full_vocabulary_takes_milliseconds() -> None:
+    """Guard against work that grows with Python and the vocabulary; benchmarks hold the numbers."""
+    logits = np.random.default_rng(0).normal(scale=3, size=(4, 50257)).astype(np.float32)
+    options = decided(num_beams=4, max_new_tokens=10, no_repeat_ngram_size=3)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        search(
+            lambda token_ids, parents: logits[: len(token_ids)],
+            num_images=1,
+            prompt_ids=[50256],
+            options=options,
+            eos_token_ids=[50256],
+        )
+        times.append((time.perf_counter() - start) / 10)
+    assert min(times) < 0.02

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from PIL import UnidentifiedImageError
-from tiny_models import make_captioner, make_photo
 
 import diptych
 from diptych.errors import BadImage, BadInput
+from tiny_models import make_captioner, make_photo
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,7 @@ def read_references(path: Path, images: Path | None = None, split: str = "") -> 
         name = row.get("file", row.get("file_name"))
         captions = row.get("captions", row.get("text"))
         captions = [captions] if isinstance(captions, str) else captions
-        if not isinstance(name, str) or not _are_texts(captions):
+        if not isinstance(name, str) or not isinstance(captions, list) or not _texts(captions):
             raise BadInput(
                 f"{path}, line {number}: needs a picture's 'file' and its 'captions', a list of "
                 "at least one text"
@@ -152,5 +152,5 @@ def _json_lines(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def _are_texts(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
+def _texts(values: list[Any]) -> bool:
+    return bool(values) and all(isinstance(value, str) for value in values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +13,9 @@ from PIL import Image
 from diptych.errors import BadImage, BadInput
 from diptych.image_to_text import decoding
 from diptych.image_to_text.caption import WORD, Caption, Reading, View
-from diptych.image_to_text.options import CaptionOptions
+from diptych.image_to_text.options import CaptionOptions, SearchOptions
 from diptych.images import Alpha, ImageInput, ImageLimits, Preprocessing, preprocess
-from diptych.runtimes.network import Network, OpenNetworks, open_networks
+from diptych.runtimes.network import Network, OpenNetworks, gather_rows, open_networks
 from diptych.text import Gpt2Tokenizer
 from diptych.weights.files import ModelFolder
 from diptych.weights.hub import resolve
@@ -126,7 +126,7 @@ class Captioner:
         and the others go on, unless `on_error="raise"`.
         """
         single = _is_single(images)
-        several: list[Any] = [images] if single else list(images)
+        several: list[Any] = [images] if single else [*cast("Iterable[ImageInput]", images)]
         if not several:
             raise BadInput("the list of images is empty: give at least one picture")
         made = list(
@@ -250,9 +250,7 @@ class Captioner:
         asked = (options or CaptionOptions()).replace(**overrides)
         return asked.resolve(self.model.generation)
 
-    def _search_options(
-        self, options: CaptionOptions
-    ) -> tuple[decoding.SearchOptions, tuple[int, ...]]:
+    def _search_options(self, options: CaptionOptions) -> tuple[SearchOptions, tuple[int, ...]]:
         prompt = (self._start, *self.tokenizer.encode(options.prompt.rstrip()))
         return options.for_search(len(prompt), self._positions), prompt
 
@@ -325,7 +323,7 @@ class Captioner:
         self,
         pixels: NDArray[np.float32],
         options: CaptionOptions,
-        search_options: decoding.SearchOptions,
+        search_options: SearchOptions,
         prompt: tuple[int, ...],
     ) -> Iterator[str]:
         pieces = decoding.stream(
@@ -391,7 +389,8 @@ class Captioner:
         )
         patches = _patch_grid(self.model)
         weights = np.asarray(seen, np.float32)[0, chosen].mean(0)
-        return weights[-patches[0] * patches[1] :].reshape(patches)
+        grid: NDArray[np.float32] = weights[-patches[0] * patches[1] :].reshape(patches)
+        return grid
 
     def _tokens_of(self, caption: Caption, written: list[int], word: str | int | None) -> list[int]:
         text = self.tokenizer.decode(written)
@@ -468,11 +467,11 @@ class _Step:
         images = parents // self.rows_per_image
         kept = images[np.flatnonzero(np.diff(images, prepend=-1))]
         if self.bridged is not None and len(kept) < self.images:
-            self.bridged = self.bridged[:, :, kept]
+            self.bridged = gather_rows(self.bridged, kept)
         rows = self.images * self.rows_per_image
         self.images, self.rows_per_image = len(kept), len(parents) // len(kept)
         if len(parents) != rows or (parents != np.arange(rows)).any():
-            self.past = self.past[:, :, parents]
+            self.past = gather_rows(self.past, parents)
 
 
 def _is_single(images: object) -> bool:

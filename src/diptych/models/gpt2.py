@@ -123,14 +123,19 @@ class Gpt2(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Score every word: [..., D] to [..., V]."""
-        head = self.wte.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(hidden, head)
+        if self.lm_head is None:
+            return F.linear(hidden, self.wte.weight)
+        scores: Tensor = self.lm_head(hidden)
+        return scores
 
     def cross_key_values(self, encoder_hidden_states: Tensor) -> Tensor:
         """Project the picture [B, P, D] for all layers at once: [L, 2, B, heads, P, d]."""
-        return torch.stack(
-            [block.crossattention.key_values(encoder_hidden_states) for block in self.h]
-        )
+        each: list[Tensor] = []
+        for block in self.h:
+            assert isinstance(block, Block)
+            assert block.crossattention is not None
+            each.append(block.crossattention.key_values(encoder_hidden_states))
+        return torch.stack(each)
 
 
 class Block(nn.Module):
@@ -283,4 +288,5 @@ class PrefixBridge(nn.Module):
 
 def split_heads(hidden: Tensor, num_heads: int) -> Tensor:
     """Turn [N, T, D] into [N, heads, T, d]."""
-    return hidden.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    rows, new, width = hidden.shape
+    return hidden.view(rows, new, num_heads, width // num_heads).transpose(1, 2)

@@ -152,7 +152,7 @@ class Machine:
         self.storages: dict[str, PickledStorage] = {}
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
-        self._others = {
+        self._others: dict[int, Callable[[], object]] = {
             0x80: lambda: self._read(1),  # protocol
             0x95: lambda: self._read(8),  # frame: only a hint about the bytes to come
             0x8A: lambda: self._push(self._long()),

@@ -1,0 +1,1 @@
+"""Run the networks of a model, whichever way: PyTorch modules or ONNX files."""

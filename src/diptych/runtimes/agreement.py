@@ -1,0 +1,139 @@
+"""Compare two openings of one model by the words they give, and tensor by tensor.
+
+Words decide: tensors that agree to twelve digits of cosine have been seen to end in another
+caption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diptych.runtimes.network import Network
+
+__all__ = ["compare_tensors", "compare_tokens", "greedy_tokens", "random_pictures"]
+
+Pixels = NDArray[np.float32]
+
+_BRIDGED = {"cross-attention": "cross_key_values", "prefix": "prefix_embeds"}
+_BATCH = 8
+
+
+def greedy_tokens(
+    networks: Mapping[str, Network],
+    images: Sequence[Pixels],
+    config: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    max_new_tokens: int = 16,
+) -> list[list[int]]:
+    """Return the likeliest next words of each picture [C, H, W], up to the end token."""
+    bridge = _BRIDGED[config["bridge"]]
+    ends = generation.get("eos_token_id")
+    ends = set(ends if isinstance(ends, list) else [ends])
+    captions: list[list[int]] = []
+    for start in range(0, len(images), _BATCH):
+        pixels = np.stack(list(images[start : start + _BATCH]))
+        bridged = networks["encoder"](pixel_values=pixels)[0]
+        words = np.full((len(pixels), 1), generation["decoder_start_token_id"], np.int64)
+        past, rows = None, [words]
+        for _ in range(max_new_tokens):
+            logits, past = networks["decoder"](
+                input_ids=words, past_key_values=past, **{bridge: bridged}
+            )
+            words = logits.argmax(-1)[:, None]
+            rows.append(words)
+            if bridge == "prefix_embeds":
+                bridged = None  # the picture is in the cache now
+        for row in np.concatenate(rows[1:], axis=1).tolist():
+            end = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
+            captions.append(row[:end])
+    return captions
+
+
+def compare_tokens(
+    expected: Sequence[Sequence[int]], found: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """Count identical captions, and tell where the first other one differs."""
+    first = None
+    for image, (one, other) in enumerate(zip(expected, found, strict=True)):
+        if first is None and list(one) != list(other):
+            pairs = enumerate(zip(one, other, strict=False))
+            shorter = min(len(one), len(other))
+            position = next((place for place, (a, b) in pairs if a != b), shorter)
+            first = {"image": image, "position": position}
+    same = sum(list(one) == list(other) for one, other in zip(expected, found, strict=True))
+    tokens = sum(len(one) for one in expected)
+    return {"images": len(expected), "tokens": tokens, "identical": same, "first_difference": first}
+
+
+def compare_tensors(
+    expected: Mapping[str, Network],
+    found: Mapping[str, Network],
+    image: Pixels,
+    config: Mapping[str, Any],
+    generation: Mapping[str, Any],
+) -> dict[str, dict[str, float]]:
+    """Return the largest absolute difference of every output, by network.
+
+    Two calls of the decoder: the first with two words, then one more with the cache. Both sides
+    are given the same picture and words, each its own cache.
+    """
+    bridge = _BRIDGED[config["bridge"]]
+    bridged = [side["encoder"](pixel_values=image[None])[0] for side in (expected, found)]
+    worst: dict[str, dict[str, float]] = {"encoder": {bridge: _distance(*bridged)}, "decoder": {}}
+    start = generation["decoder_start_token_id"]
+    words = np.array([[start, (start + 1) % config["decoder"]["vocab_size"]]], np.int64)
+    past: list[Any] = [None, None]
+    names = ("logits", "present_key_values", "image_attention")
+    for _ in range(2):
+        made = []
+        for side, networks in enumerate((expected, found)):
+            given = {"past_key_values": past[side], bridge: bridged[side]}
+            made.append(networks["decoder"](names, input_ids=words, **given))
+            past[side] = made[-1][1]
+        for name, one, other in zip(names, *made, strict=True):
+            worst["decoder"][name] = max(worst["decoder"].get(name, 0.0), _distance(one, other))
+        words = words[:, 1:]
+        if bridge == "prefix_embeds":
+            bridged = [None, None]
+    return worst
+
+
+def random_pictures(
+    count: int, shape: tuple[int, int, int], preprocessing: Mapping[str, Any], seed: int = 0
+) -> list[Pixels]:
+    """Return `count` seeded pictures [C, H, W] as preprocessing leaves them.
+
+    Sums of smooth noise at many scales, which have the falling spectrum of photographs.
+    """
+    random = np.random.default_rng(seed)
+    channels, height, width = shape
+    mean = np.asarray(preprocessing.get("image_mean") or [0.5] * channels, np.float32)
+    std = np.asarray(preprocessing.get("image_std") or [0.5] * channels, np.float32)
+    pictures = []
+    for _ in range(count):
+        total = np.zeros(shape, np.float32)
+        for cells in (2, 4, 8, 16, 32):
+            coarse = random.standard_normal((channels, cells + 1, cells + 1)) * 2 / cells**0.7
+            total += _enlarge(coarse.astype(np.float32), height, width)
+        picture = 1 / (1 + np.exp(-total))
+        pictures.append((picture - mean[:, None, None]) / std[:, None, None])
+    return pictures
+
+
+def _enlarge(coarse: Pixels, height: int, width: int) -> Pixels:
+    """Interpolate [C, n, n] linearly to [C, H, W]."""
+    for axis, size in ((1, height), (2, width)):
+        at = np.linspace(0, coarse.shape[axis] - 1.001, size, dtype=np.float32)
+        low = at.astype(np.int64)
+        weight = np.expand_dims(at - low, 2 if axis == 1 else 0)
+        before, after = coarse.take(low, axis), coarse.take(low + 1, axis)
+        coarse = before + (after - before) * weight
+    return coarse
+
+
+def _distance(one: Any, other: Any) -> float:
+    return float(np.abs(np.asarray(one, np.float32) - np.asarray(other, np.float32)).max())

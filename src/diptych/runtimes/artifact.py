@@ -1,0 +1,103 @@
+"""Write the folder of an artifact: whole, with the hashes of its files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from diptych import __version__
+from diptych.errors import BadInput
+from diptych.runtimes.graph import data_path
+
+__all__ = ["NETWORKS", "copy_tokenizer", "network_path", "staged", "versions", "write_json"]
+
+NETWORKS = ("encoder", "decoder")
+
+_FORMAT, _VERSION = "diptych-artifact", 1
+
+
+def network_path(folder: Path, network: str) -> Path:
+    return folder / f"{network}.onnx"
+
+
+def write_artifact(folder: Path, document: Mapping[str, Any]) -> None:
+    """Write `artifact.json` for the networks that are in `folder`; `document` is the rest."""
+    networks = {}
+    for network in NETWORKS:
+        path = network_path(folder, network)
+        networks[network] = {**_entry(path), "data": _entry(data_path(path))}
+    write_json(
+        folder / "artifact.json",
+        {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "task": "image-to-text",
+            **document,
+            "networks": networks,
+            "diptych_version": __version__,
+        },
+    )
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+
+
+def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
+    """Copy `tokenizer.json`, or `vocab.json` with the `merges.txt` beside it."""
+    shutil.copyfile(tokenizer, folder / tokenizer.name)
+    if tokenizer.name == "vocab.json":
+        shutil.copyfile(tokenizer.with_name("merges.txt"), folder / "merges.txt")
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return what made a file: versions of packages, the system and the processor."""
+    found = {"diptych": __version__, "python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return {**found, "system": platform.system(), "machine": platform.machine()}
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Give a folder to write into, whose files take their places in `folder` at the end.
+
+    A new folder appears whole; in one that exists each file is replaced whole, `artifact.json`,
+    which states the hashes of the others, last. Raises `BadInput` where it cannot be written.
+    """
+    is_new = not folder.exists()
+    if not is_new and not folder.is_dir():
+        raise BadInput(f"{folder} is a file: give a folder to write to")
+    beside = folder.parent if is_new else folder
+    staging = beside / f".{folder.name}.{secrets.token_hex(4)}.partial"
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        if is_new:
+            staging.rename(folder)
+        else:
+            files = sorted(staging.iterdir(), key=lambda path: path.name == "artifact.json")
+            for path in files:
+                path.replace(folder / path.name)
+    except OSError as error:
+        raise BadInput(
+            f"{folder} cannot be written: {error.strerror or error}: make room, or give another"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _entry(path: Path) -> dict[str, str]:
+    with path.open("rb") as file:
+        return {"file": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

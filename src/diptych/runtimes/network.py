@@ -1,0 +1,170 @@
+"""Say what a network is to those who call it, and open those of a model in the best runtime."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import numpy as np
+
+from diptych.errors import BadInput, MissingExtra
+from diptych.weights.files import ModelFolder
+
+__all__ = [
+    "DTYPES",
+    "RUNTIMES",
+    "Array",
+    "Network",
+    "OpenNetworks",
+    "check_wanted",
+    "gather_rows",
+    "open_networks",
+    "require_torch",
+]
+
+logger = logging.getLogger("diptych")
+
+Array = Any
+"""A NumPy array or a torch tensor: callers use only what both share."""
+
+RUNTIMES = ("auto", "onnxruntime", "torch")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
+
+
+class Network(Protocol):
+    """Run one network: arrays in by name, arrays out in order.
+
+    `inputs` and `outputs` give names and shape letters. The encoder maps `pixel_values` to
+    `cross_key_values` or `prefix_embeds`; the decoder takes `input_ids`, `past_key_values` (None
+    at the start) and what the encoder gave (with a prefix in the first call only, then None).
+    """
+
+    @property
+    def inputs(self) -> Mapping[str, str]: ...
+
+    @property
+    def outputs(self) -> Mapping[str, str]: ...
+
+    def __call__(
+        self, wanted: Sequence[str] | None = None, /, **arrays: Array
+    ) -> tuple[Array, ...]:
+        """Return the outputs named in `wanted`; None is all but `image_attention`.
+
+        `logits` and `image_attention` are NumPy float32; caches stay where the runtime keeps them.
+        """
+        ...
+
+
+class OpenNetworks(dict[str, Network]):
+    """Hold the networks of a model by name, where they run, and why there."""
+
+    def __init__(
+        self,
+        networks: Mapping[str, Network],
+        *,
+        runtime: str,
+        device: str,
+        dtype: str,
+        reason: str,
+    ) -> None:
+        super().__init__(networks)
+        self.runtime = runtime
+        self.device = device
+        self.dtype = dtype
+        self.reason = reason
+
+
+def open_networks(
+    model: ModelFolder, runtime: str = "auto", device: str = "auto", dtype: str = "auto"
+) -> OpenNetworks:
+    """Open `encoder` and `decoder` of `model`.
+
+    `runtime` auto is onnxruntime where the model has ONNX networks and nothing asked for speaks
+    against it, else torch. Raises `BadInput` for a value or combination that cannot be, and
+    `MissingExtra` where torch is needed and not installed.
+    """
+    _check(runtime, device, dtype)
+    chosen, reason = _choose(model, runtime, device, dtype)
+    if chosen == "onnxruntime":
+        from diptych.runtimes.on_onnxruntime import open_artifact
+
+        networks: Mapping[str, Network] = open_artifact(model.networks)
+        device, dtype = "cpu", {"fp32": "float32"}.get(model.precision or "", model.precision or "")
+    else:
+        require_torch("running a PyTorch checkpoint")
+        from diptych.runtimes.on_torch import open_checkpoint
+
+        networks, device, dtype = open_checkpoint(model, device, dtype)
+    logger.info("%s runs in %s on %s as %s: %s", model.name, chosen, device, dtype, reason)
+    return OpenNetworks(networks, runtime=chosen, device=device, dtype=dtype, reason=reason)
+
+
+def require_torch(purpose: str, extra: str = "torch") -> None:
+    """Raise `MissingExtra` for `purpose` unless the packages of `extra` are installed."""
+    needed = ("torch", "onnx") if extra == "export" else ("torch",)
+    if not all(_is_installed(package) for package in needed):
+        raise MissingExtra(extra, purpose)
+
+
+def gather_rows(cache: Array, rows: Sequence[int] | Array) -> Array:
+    """Return `cache` [L, 2, N, heads, S, d] with the rows N that are named, in that order.
+
+    As `cache[:, :, rows]`, except that NumPy would leave the result in another memory order, which
+    takes ten times as long and has to be straightened before the next call.
+    """
+    return np.take(cache, rows, axis=2) if isinstance(cache, np.ndarray) else cache[:, :, rows]
+
+
+def check_wanted(wanted: Sequence[str] | None, outputs: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the outputs to compute, in order; None stands for all but `image_attention`."""
+    if wanted is None:
+        return tuple(name for name in outputs if name != "image_attention")
+    if unknown := [name for name in wanted if name not in outputs]:
+        raise BadInput(f"no output is called {unknown[0]!r}: there are {', '.join(outputs)}")
+    return tuple(wanted)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _check(runtime: str, device: str, dtype: str) -> None:
+    if runtime not in RUNTIMES:
+        raise BadInput(f"runtime is {runtime!r}: give {_either(RUNTIMES)}")
+    if dtype not in DTYPES:
+        raise BadInput(f"dtype is {dtype!r}: give {_either(DTYPES)}")
+    if not isinstance(device, str) or not _DEVICE.fullmatch(device):
+        raise BadInput(f"device is {device!r}: give auto, cpu, cuda, cuda:1 (any number) or mps")
+
+
+def _choose(model: ModelFolder, runtime: str, device: str, dtype: str) -> tuple[str, str]:
+    """Return the runtime and the reason for it."""
+    against = ""  # what speaks against onnxruntime
+    if not model.networks:
+        against = (
+            "it has no ONNX networks: make them with "
+            f"`diptych export {model.name} FOLDER` and load FOLDER"
+        )
+    elif device not in ("auto", "cpu"):
+        against = f"its ONNX networks run on the cpu, not on {device}"
+    elif dtype not in ("auto", "float32"):
+        against = f"its ONNX networks are {model.precision}, not {dtype}"
+    if runtime == "onnxruntime" and against:
+        raise BadInput(f"{model.name} cannot run in onnxruntime: {against}")
+    if runtime == "torch" or against:
+        if not model.weights:
+            why = against or "it holds ONNX networks only: give runtime='onnxruntime'"
+            raise BadInput(f"{model.name} has no PyTorch weights, and {why}")
+        return "torch", "it was asked for" if runtime == "torch" else against.partition(":")[0]
+    return "onnxruntime", "it was asked for" if runtime != "auto" else "the model has ONNX networks"
+
+
+def _either(choices: Sequence[str]) -> str:
+    return f"{', '.join(choices[:-1])} or {choices[-1]}"
