@@ -42,8 +42,15 @@ API = {
         *("BadImage", "MissingExtra"),
     ),
 }
+# Public for other rooms of the house, of no use to a reader.
+HIDDEN = {"Captioner", "Captioner.from_model", "Captioner.look", "CaptionOptions.for_search"}
 INTRODUCTIONS = {
-    "diptych": "Everything here is imported when it is first used: `import diptych` is cheap.",
+    "diptych": (
+        "Everything here is imported when it is first used, so `import diptych` is cheap. An "
+        "`ImageInput` is a path, encoded bytes, a binary file, a `data:` or http(s) URL, a PIL "
+        'image or a NumPy array. `Alpha` is `"white"` or `"drop"`, `OnError` is `"keep"` or '
+        '`"raise"`.'
+    ),
     "diptych.images": "Pictures by themselves, without a model.",
     "diptych.errors": "Every error that a user can cause is one of these.",
 }
@@ -100,7 +107,7 @@ def _class(name: str, value: type) -> Iterator[str]:
         fields = [field for field in dataclasses.fields(value) if not field.name.startswith("_")]
         lines = [f"    {field.name}: {field.type}{_default(field)}" for field in fields]
         yield from ("```text", f"{name}(", *(line + "," for line in lines), ")", "```", "")
-    elif not issubclass(value, Exception) and "__init__" in vars(value):
+    elif "__init__" in vars(value) and name not in HIDDEN and not issubclass(value, Exception):
         yield from ("```text", *_signature(name, value.__init__), "```", "")
     yield from (*_docstring(value), "")
     if name == "CaptionOptions":
@@ -108,15 +115,22 @@ def _class(name: str, value: type) -> Iterator[str]:
     for member_name, member in vars(value).items():
         inner = getattr(member, "__func__", getattr(member, "fget", member))
         public = not member_name.startswith("_") or member_name == "__call__"
-        if public and inspect.isfunction(inner) and inspect.getdoc(inner):
+        full = f"{name}.{member_name}"
+        if public and full not in HIDDEN and inspect.isfunction(inner) and inspect.getdoc(inner):
             kind = "property" if isinstance(member, property) else ""
-            yield from _function(f"{name}.{member_name}", inner, 4, kind)
+            yield from _function(full, inner, 4, kind)
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
     if field.default is not dataclasses.MISSING:
-        return f" = {field.default!r}"
+        return f" = {_quoted(field.default)}"
     return ""
+
+
+def _quoted(value: Any) -> str:
+    """Write a value with double quotes, as the sources do."""
+    text = repr(value)
+    return text if '"' in text else text.replace("'", '"')
 
 
 def _function(name: str, value: Any, level: int, kind: str = "") -> Iterator[str]:

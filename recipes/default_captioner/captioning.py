@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,8 @@ MAX_LENGTH = 24
 
 
 def model_config(config: dict[str, Any], dropout: float) -> VisionEncoderDecoderConfig:
-    encoder = replace(encoder_config(config), dropout=dropout / 2)
     decoder = Gpt2Config(**config["decoder"], add_cross_attention=False, dropout=dropout)
-    return VisionEncoderDecoderConfig(encoder, decoder, bridge="prefix")
+    return VisionEncoderDecoderConfig(encoder_config(config), decoder, bridge="prefix")
 
 
 def new_model(config: dict[str, Any], dropout: float = 0.0) -> VisionEncoderDecoder:
@@ -105,11 +104,16 @@ def image_cache(model: VisionEncoderDecoder, prefix_embeds: Tensor) -> Tensor:
     return cache
 
 
+def word_states(model: VisionEncoderDecoder, cache: Tensor, inputs: Tensor) -> Tensor:
+    """Return [N, T, D] for captions `inputs` [N, T] behind the pictures of `cache`, N // B each."""
+    each = len(inputs) // cache.shape[2]
+    hidden: Tensor = model.decoder(inputs, cache.repeat_interleave(each, dim=2))[0]
+    return hidden
+
+
 def word_logits(model: VisionEncoderDecoder, cache: Tensor, inputs: Tensor) -> Tensor:
     """Return [N, T, V] for captions `inputs` [N, T] behind the pictures of `cache`, N // B each."""
-    each = len(inputs) // cache.shape[2]
-    hidden, _, _ = model.decoder(inputs, cache.repeat_interleave(each, dim=2))
-    return model.decoder.logits(hidden)
+    return model.decoder.logits(word_states(model, cache, inputs))
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from captioning import (
     read_split,
     take_encoder,
     validate,
-    word_logits,
+    word_states,
 )
 from pictures import views
 from state import Average, Log, decayed, learning_rate, load_state, read_average, save_state
@@ -43,12 +43,18 @@ class Pupil(nn.Module):
     def __init__(self, config: dict[str, Any], dropout: float) -> None:
         super().__init__()
         self.model = new_model(config, dropout)
+        # Dropped attention would forbid the fused kernel, which is most of the decoder's speed.
+        for block in self.model.decoder.h:
+            block.attn.dropout = 0.0
         self.words = nn.Linear(config["encoder"]["hidden_size"], NUM_WORDS)
 
-    def forward(self, pixels: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pixels: Tensor, inputs: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits [kept words, V] of the captions, and those of the photo's words."""
         hidden = self.model.encoder(pixels)
         cache = image_cache(self.model, self.model.bridge(hidden))
-        return word_logits(self.model, cache, inputs), self.words(hidden.mean(1))
+        # Half of a batch is padding: scoring the vocabulary there would be wasted.
+        written = word_states(self.model, cache, inputs)[kept]
+        return self.model.decoder.logits(written), self.words(hidden.mean(1))
 
 
 def word_targets(split: Split) -> Tensor:
@@ -108,11 +114,11 @@ def main(config: dict[str, Any]) -> None:
             ).contiguous(memory_format=torch.channels_last)
             inputs, targets = caption_batch([train.token_ids[i] for i in chosen], EACH, chance)
             with torch.autocast(device, torch.bfloat16):
-                logits, words = pupil(pixels, inputs.to(device))
+                kept = (targets != IGNORED).to(device)
+                logits, words = pupil(pixels, inputs.to(device), kept)
             loss = F.cross_entropy(
-                logits.float().flatten(0, 1),
-                targets.flatten().to(device),
-                ignore_index=IGNORED,
+                logits.float(),
+                targets.to(device)[kept],
                 label_smoothing=options["label_smoothing"],
             )
             # Summed over the words and divided by about as many as a photo has.

@@ -31,6 +31,11 @@ IMAGE_SIZE = 8
 POSITIONS = 48
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(_seeds: None) -> None:
+    torch.set_num_threads(1)  # Sharing work out costs more than these tiny models do.
+
+
 # The reference --------------------------------------------------------------------------------
 
 

@@ -81,7 +81,7 @@ def test_options_cannot_be_changed_or_mistyped() -> None:
         ("early_stopping", "no", "early_stopping is 'no': give one of False, True, 'never'."),
         ("num_return_sequences", 0, "give a whole number of 1 or more"),
         ("do_sample", 1, "do_sample is 1: give True or False."),
-        ("temperature", 0, "temperature is 0: give a number from 0.001 to 1000, or do_sample=False"),
+        ("temperature", 0, "is 0: give a number from 0.001 to 1000, or do_sample=False"),
         ("temperature", -1.0, "give a number from 0.001"),
         ("top_k", -1, "top_k is -1: give a whole number of 0 or more."),
         ("top_p", 1.5, "top_p is 1.5: give a number from 0 to 1."),

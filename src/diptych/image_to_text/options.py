@@ -275,7 +275,7 @@ class CaptionOptions:
                 f"{words[0]} needs sampling, but do_sample is False: leave one of the two out."
             )
         if (words or self.do_sample) and self.num_beams is not None and self.num_beams > 1:
-            cause = words[0] if words else "do_sample=True"
+            cause = "do_sample=True" if self.do_sample else words[0]
             raise BadInput(
                 f"num_beams={self.num_beams} and {cause} exclude each other: give num_beams=1 to "
                 "sample, or do_sample=False and no sampling option for beam search."

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diptych.errors import BadInput
 from diptych.runtimes.network import Network
 
-__all__ = ["compare_tensors", "compare_tokens", "greedy_tokens", "random_pictures"]
+__all__ = ["Pixels", "compare_tensors", "compare_tokens", "greedy_tokens", "pictures_for"]
 
 Pixels = NDArray[np.float32]
 
@@ -102,15 +103,23 @@ def compare_tensors(
     return worst
 
 
-def random_pictures(
-    count: int, shape: tuple[int, int, int], preprocessing: Mapping[str, Any], seed: int = 0
+def pictures_for(
+    config: Mapping[str, Any],
+    preprocessing: Mapping[str, Any],
+    images: Sequence[Pixels] | None,
+    count: int = 32,
 ) -> list[Pixels]:
-    """Return `count` seeded pictures [C, H, W] as preprocessing leaves them.
+    """Return `images` [C, H, W], or `count` seeded ones as preprocessing leaves pictures.
 
-    Sums of smooth noise at many scales, which have the falling spectrum of photographs.
+    Those are sums of smooth noise at many scales, with the falling spectrum of photographs.
     """
-    random = np.random.default_rng(seed)
-    channels, height, width = shape
+    if images is not None:
+        if not len(images):
+            raise BadInput("the list of images to compare on is empty")
+        return [np.asarray(image, np.float32) for image in images]
+    random = np.random.default_rng(0)
+    channels, height = config["encoder"]["num_channels"], config["encoder"]["image_size"]
+    shape = (channels, height, height)
     mean = np.asarray(preprocessing.get("image_mean") or [0.5] * channels, np.float32)
     std = np.asarray(preprocessing.get("image_std") or [0.5] * channels, np.float32)
     pictures = []
@@ -118,18 +127,19 @@ def random_pictures(
         total = np.zeros(shape, np.float32)
         for cells in (2, 4, 8, 16, 32):
             coarse = random.standard_normal((channels, cells + 1, cells + 1)) * 2 / cells**0.7
-            total += _enlarge(coarse.astype(np.float32), height, width)
+            total += _enlarge(coarse.astype(np.float32), height)
         picture = 1 / (1 + np.exp(-total))
-        pictures.append((picture - mean[:, None, None]) / std[:, None, None])
+        normal = (picture - mean[:, None, None]) / std[:, None, None]
+        pictures.append(normal.astype(np.float32))
     return pictures
 
 
-def _enlarge(coarse: Pixels, height: int, width: int) -> Pixels:
-    """Interpolate [C, n, n] linearly to [C, H, W]."""
-    for axis, size in ((1, height), (2, width)):
+def _enlarge(coarse: Pixels, size: int) -> Pixels:
+    """Interpolate [C, n, n] linearly to [C, size, size]."""
+    for axis in (1, 2):
         at = np.linspace(0, coarse.shape[axis] - 1.001, size, dtype=np.float32)
         low = at.astype(np.int64)
-        weight = np.expand_dims(at - low, 2 if axis == 1 else 0)
+        weight = (at - low)[:, None] if axis == 1 else at - low
         before, after = coarse.take(low, axis), coarse.take(low + 1, axis)
         coarse = before + (after - before) * weight
     return coarse

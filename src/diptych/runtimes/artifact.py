@@ -17,7 +17,16 @@ from diptych import __version__
 from diptych.errors import BadInput
 from diptych.runtimes.graph import data_path
 
-__all__ = ["NETWORKS", "copy_tokenizer", "network_path", "staged", "versions", "write_json"]
+__all__ = [
+    "NETWORKS",
+    "copy_tokenizer",
+    "network_path",
+    "network_size",
+    "staged",
+    "versions",
+    "write_artifact",
+    "write_json",
+]
 
 NETWORKS = ("encoder", "decoder")
 
@@ -25,7 +34,13 @@ _FORMAT, _VERSION = "diptych-artifact", 1
 
 
 def network_path(folder: Path, network: str) -> Path:
+    """Return the file of a network in the folder of an artifact."""
     return folder / f"{network}.onnx"
+
+
+def network_size(path: Path) -> int:
+    """Return the bytes of a network, its weights included."""
+    return path.stat().st_size + data_path(path).stat().st_size
 
 
 def write_artifact(folder: Path, document: Mapping[str, Any]) -> None:
@@ -48,6 +63,7 @@ def write_artifact(folder: Path, document: Mapping[str, Any]) -> None:
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write `document` for people to read, too."""
     path.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
 
 

@@ -17,7 +17,7 @@ from diptych.runtimes.network import Network, check_wanted
 from diptych.weights.files import ModelFolder
 from diptych.weights.load import load_captioner
 
-__all__ = ["TorchDecoder", "TorchEncoder", "faster", "open_checkpoint", "torch_networks"]
+__all__ = ["TorchDecoder", "TorchEncoder", "faster", "open_checkpoint", "torch_networks", "twin"]
 
 
 def open_checkpoint(
@@ -98,22 +98,27 @@ def faster(module: VisionEncoderDecoder) -> VisionEncoderDecoder:
     weight = module.decoder.wte.weight
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or not _has_onednn():
         return module
-    tensors = [*module.parameters(), *module.buffers()]
-    twin = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
-    for parent in [*twin.modules()]:
+    fast = twin(module)
+    for parent in [*fast.modules()]:
         for name, child in parent.named_children():
             if type(child) is nn.Linear:
                 setattr(parent, name, OneDnnLinear(child.weight, child.bias))
-    if twin.decoder.lm_head is None:
-        twin.decoder.lm_head = OneDnnLinear(twin.decoder.wte.weight, None)
-    return twin
+    if fast.decoder.lm_head is None:
+        fast.decoder.lm_head = OneDnnLinear(fast.decoder.wte.weight, None)
+    return fast
+
+
+def twin(module: VisionEncoderDecoder) -> VisionEncoderDecoder:
+    """Return a second module over the same tensors, to be changed without changing the first."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 class OneDnnLinear(nn.Linear):
     """Multiply by oneDNN; holds the weights of another Linear."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(0, 0, bias=False, device="meta")
+        nn.Module.__init__(self)  # not Linear's, which makes weights of its own
         self.weight, self.bias = weight, bias  # type: ignore[assignment]
         self.out_features, self.in_features = weight.shape
 

@@ -8,8 +8,7 @@ norms and attention are computed in float32.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +17,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diptych.errors import BadInput
-from diptych.runtimes.agreement import compare_tensors, compare_tokens, greedy_tokens
+from diptych.runtimes.agreement import (
+    Pixels,
+    compare_tensors,
+    compare_tokens,
+    greedy_tokens,
+    pictures_for,
+)
+from diptych.runtimes.artifact import (
+    NETWORKS,
+    copy_tokenizer,
+    network_path,
+    network_size,
+    staged,
+    versions,
+    write_artifact,
+    write_json,
+)
 from diptych.runtimes.graph import read_network, write_network
+from diptych.runtimes.network import open_networks
+from diptych.weights.files import describe
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["MODES", "quantize_captioner", "quantize_network"]
+__all__ = ["MODES", "check_mode", "compare_artifacts", "quantize_captioner", "quantize_network"]
 
 MODES = ("int8",)
 
@@ -36,6 +53,64 @@ _BLOCK, _SMALL_BLOCK = 64, 32
 _INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level
 _ZERO = 128
 _TABLE = 4096  # numbers; what is smaller stays as it is
+
+
+def quantize_captioner(
+    source: Path, folder: Path, mode: str = "int8", *, images: Sequence[Pixels] | None = None
+) -> dict[str, Any]:
+    """Write the artifact at `source`, which is left as it is, as a smaller one to `folder`.
+
+    Captions of both are compared over `images` [C, H, W], or over seeded ones. Returns the content
+    of `quantize.json`. Raises `BadInput` for another mode, or a source that is not float32.
+    """
+    check_mode(mode)
+    model = describe(Path(source))
+    if not model.networks or model.precision != "fp32":
+        found = f"is {model.precision}" if model.networks else "has no ONNX networks"
+        raise BadInput(f"{model.name} {found}: give the folder of an fp32 artifact")
+    images = pictures_for(model.config, model.preprocessing, images)
+    with staged(Path(folder)) as staging:
+        for network in NETWORKS:
+            quantize_network(model.networks[network], network_path(staging, network))
+        copy_tokenizer(model.tokenizer, staging)
+        document = {
+            "precision": mode,
+            "config": model.config,
+            "preprocessing": model.preprocessing,
+            "generation": model.generation,
+            "source": {"name": model.name, "revision": model.revision},
+        }
+        write_artifact(staging, document)
+        report = {
+            "versions": versions("onnxruntime", "onnx", "numpy"),
+            mode: compare_artifacts(model.path, staging, images),
+        }
+        write_json(staging / "quantize.json", report)
+    return report
+
+
+def check_mode(mode: str) -> None:
+    """Raise `BadInput` for what is no way to quantize."""
+    if mode not in MODES:
+        raise BadInput(f"quantize is {mode!r}: give {' or '.join(MODES)}")
+
+
+def compare_artifacts(source: Path, folder: Path, images: Sequence[Pixels]) -> dict[str, Any]:
+    """Measure what quantizing changed: words, tensors and bytes."""
+    models = [describe(source), describe(folder)]
+    before, after = (open_networks(model, "onnxruntime") for model in models)
+    config, generation = models[0].config, models[0].generation
+    tokens = [greedy_tokens(networks, images, config, generation) for networks in (before, after)]
+    worst = compare_tensors(before, after, images[0], config, generation)
+    networks = {
+        network: {
+            "max_abs_difference": worst[network],
+            "bytes": network_size(models[1].networks[network]),
+            "bytes_before": network_size(models[0].networks[network]),
+        }
+        for network in NETWORKS
+    }
+    return {"tokens": compare_tokens(*tokens), "networks": networks}
 
 
 def quantize_network(source: Path, target: Path) -> None:
@@ -174,5 +249,7 @@ def _halve_tables(weights: Weights) -> list[onnx.NodeProto]:
             if np.isfinite(half).all():
                 weights[f"{name}.half"] = half
                 del weights[name]
-                casts.append(helper.make_node("Cast", [f"{name}.half"], [name], to=TensorProto.FLOAT))
+                casts.append(
+                    helper.make_node("Cast", [f"{name}.half"], [name], to=TensorProto.FLOAT)
+                )
     return casts

@@ -1,0 +1,126 @@
+"""Every example runs as its first reader runs it: in a copy of the folder, by its file name."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny_models import make_captioner
+
+import diptych
+from diptych import Captioner
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make_captioner(folder, 3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("artifact") / "tiny"
+    Captioner.load(checkpoint).export(folder)
+    return folder
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """Return a folder that holds `examples/`, where an example may write what it likes."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    return tmp_path
+
+
+def run(clone: Path, name: str, *arguments: object) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", f"examples/{name}.py", *map(str, arguments)],
+        cwd=clone,
+        env={**os.environ, "PYTHONPATH": str(Path(diptych.__file__).resolve().parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout.splitlines()
+
+
+def test_caption_folder_overwrites_nothing(clone: Path, artifact: Path) -> None:
+    photos = clone / "examples" / "photos"
+    (photos / "coffee.txt").write_text("mine")
+    (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff broken")
+    Image.new("RGB", (40, 30), "red").save(photos / "rocket.png")
+    lines = run(clone, "caption_folder", "--model", artifact)
+    assert lines[0] == "6 pictures, 5 without a text"
+    assert (photos / "coffee.txt").read_text() == "mine"
+    expected = Captioner.load(artifact).caption(photos / "chelsea.jpg").text
+    assert (photos / "chelsea.txt").read_text() == expected + "\n"
+    assert sum("broken.jpg" in line for line in lines) == 1
+    assert sum("rocket.png gets no text" in line for line in lines) == 1
+    written = {path: path.read_bytes() for path in photos.glob("*.txt")}
+    assert run(clone, "caption_folder", "--model", artifact)[0] == "6 pictures, 1 without a text"
+    assert {path: path.read_bytes() for path in photos.glob("*.txt")} == written
+
+
+def test_drop_in_pipeline(clone: Path, artifact: Path) -> None:
+    lines = run(clone, "drop_in_pipeline", "--model", artifact)
+    assert lines[0].startswith("a path: [{'generated_text': ")
+    assert lines[1].count("generated_text") == lines[2].count("generated_text") == 2
+    assert len(lines) == 3 + 4
+
+
+def test_stream_words(clone: Path, artifact: Path) -> None:
+    *pieces, whole = run(clone, "stream_words", "--model", artifact)
+    assert "".join(eval(piece.split("s  ", 1)[1]) for piece in pieces) == whole
+
+
+def test_alternatives_with_scores(clone: Path, artifact: Path) -> None:
+    lines = run(clone, "alternatives_with_scores", "--model", artifact)
+    scores = [float(line.split()[1]) for line in lines[1:4]]
+    assert scores == sorted(scores, reverse=True)
+    assert len(lines) > 9
+
+
+def test_heatmap(clone: Path, artifact: Path) -> None:
+    lines = run(clone, "heatmap", "--model", artifact)
+    assert lines[-1] == "drawn in heatmap.png"
+    with Image.open(clone / "heatmap.png") as image:
+        assert image.width > 300
+    assert len(lines) - 2 == len(re.findall(r"[^\W_]+", lines[0])) or len(lines) > 2
+
+
+def test_export_and_run_without_torch(clone: Path, checkpoint: Path) -> None:
+    lines = run(clone, "export_and_run_without_torch", "--model", checkpoint, "--out", "onnx")
+    *_, with_torch, without_torch = lines
+    assert with_torch.split(":", 1)[1].strip() == without_torch.split(":", 1)[1].strip()
+    assert (clone / "onnx" / "export.json").is_file()
+
+
+def test_examples_are_short_and_all_alike() -> None:
+    assert {path.stem for path in EXAMPLES} == {name.removeprefix("test_") for name in TESTED}, (
+        "an example without a test, or a test without an example"
+    )
+    for path in EXAMPLES:
+        source = path.read_text(encoding="utf-8")
+        assert len(source.splitlines()) <= 40, path.name
+        assert '"--model", default="default"' in source, path.name
+        assert source in source and path.name in (ROOT / "docs" / "quickstart.md").read_text()
+
+
+TESTED = [
+    "caption_folder",
+    "drop_in_pipeline",
+    "stream_words",
+    "alternatives_with_scores",
+    "heatmap",
+    "export_and_run_without_torch",
+]
