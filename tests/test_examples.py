@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -11,12 +10,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny_models import make_captioner
 
 import diptych
 from diptych import Captioner
+from tiny_models import make_captioner
 
 ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = ROOT / "docs" / "quickstart.md"
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
@@ -51,7 +51,8 @@ def run(clone: Path, name: str, *arguments: object) -> list[str]:
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    return done.stdout.splitlines()
+    # Not splitlines: the words of a random model hold rarer line ends, too.
+    return done.stdout.removesuffix("\n").split("\n")
 
 
 def test_caption_folder_overwrites_nothing(clone: Path, artifact: Path) -> None:
@@ -95,7 +96,7 @@ def test_heatmap(clone: Path, artifact: Path) -> None:
     assert lines[-1] == "drawn in heatmap.png"
     with Image.open(clone / "heatmap.png") as image:
         assert image.width > 300
-    assert len(lines) - 2 == len(re.findall(r"[^\W_]+", lines[0])) or len(lines) > 2
+    assert sum("looked most at row" in line for line in lines) == len(lines) - 2 > 0
 
 
 def test_export_and_run_without_torch(clone: Path, checkpoint: Path) -> None:
@@ -106,21 +107,10 @@ def test_export_and_run_without_torch(clone: Path, checkpoint: Path) -> None:
 
 
 def test_examples_are_short_and_all_alike() -> None:
-    assert {path.stem for path in EXAMPLES} == {name.removeprefix("test_") for name in TESTED}, (
-        "an example without a test, or a test without an example"
-    )
+    assert EXAMPLES, "they moved"
     for path in EXAMPLES:
         source = path.read_text(encoding="utf-8")
+        assert f"def test_{path.stem}" in Path(__file__).read_text(encoding="utf-8")
         assert len(source.splitlines()) <= 40, path.name
-        assert '"--model", default="default"' in source, path.name
-        assert source in source and path.name in (ROOT / "docs" / "quickstart.md").read_text()
-
-
-TESTED = [
-    "caption_folder",
-    "drop_in_pipeline",
-    "stream_words",
-    "alternatives_with_scores",
-    "heatmap",
-    "export_and_run_without_torch",
-]
+        assert 'add_argument("--model", default="default"' in source, path.name
+        assert f"`{path.name}`" in QUICKSTART.read_text(encoding="utf-8")

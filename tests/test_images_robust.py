@@ -152,7 +152,9 @@ def open_all(opener: Opener, paths: list[Path], peak_mb: float) -> dict[Path, st
 def test_the_harness_notices(
     fault: str, noticed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules[__name__], "WALL_SECONDS_A_FILE", 3.0)
+    # A busy machine may be slow at all of them; only the sleeper has to be caught by the clock.
+    wall = 1.0 if noticed == "hangs" else WALL_SECONDS_A_FILE
+    monkeypatch.setattr(sys.modules[__name__], "WALL_SECONDS_A_FILE", wall)
     monkeypatch.setattr(sys.modules[__name__], "SECONDS_A_FILE", 0.2)
     faulty = OPENER.replace("    try:\n", f"    try:\n        {fault}\n", 1)
     assert faulty != OPENER
@@ -248,15 +250,15 @@ def test_the_undamaged_samples_open(opener: Opener, tmp_path: Path) -> None:
 
 def damaged(data: bytes, rng: np.random.Generator) -> Iterator[bytes]:
     """Cut, flip bits, overwrite, drop, repeat; half of it near the start, where headers are."""
-    for cut in {0, 1, 2, *rng.integers(3, len(data), 20).tolist(), len(data) - 1}:
+    for cut in {0, 1, 2, *rng.integers(3, len(data), 14).tolist(), len(data) - 1}:
         yield data[:cut]
-    for _ in range(26):
+    for _ in range(20):
         broken = bytearray(data)
         span = len(data) if rng.random() < 0.5 else min(len(data), 120)
         for _ in range(int(rng.integers(1, 4))):
             broken[rng.integers(0, span)] ^= 1 << int(rng.integers(0, 8))
         yield bytes(broken)
-    for _ in range(10):
+    for _ in range(8):
         broken = bytearray(data)
         start, length = int(rng.integers(0, len(data))), int(rng.integers(1, 9))
         piece = [rng.bytes(length), b"\xff" * length, bytes(length), b"", broken[start:] * 3]
@@ -271,11 +273,11 @@ def test_damaged_files(opener: Opener, tmp_path: Path) -> None:
         for index, broken in enumerate(damaged(data, rng)):
             paths.append(tmp_path / f"{index}.{name}")
             paths[-1].write_bytes(broken)
-    assert len(paths) > 1800
+    assert len(paths) > 1400
     outcomes = list(open_all(opener, paths, peak_mb=400).values())
     # Both ends occur: neither is everything refused, nor does damage go unnoticed.
-    assert outcomes.count("bad") > 600
-    assert outcomes.count("ok") > 300
+    assert outcomes.count("bad") > 450
+    assert outcomes.count("ok") > 250
 
 
 # Bombs and traps.
@@ -294,10 +296,12 @@ def png(
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def zipped_zeros(count: int) -> bytes:
-    squeezer = zlib.compressobj(9)
-    blocks = [squeezer.compress(bytes(1 << 20)) for _ in range(count >> 20)]
-    return b"".join([*blocks, squeezer.flush()])
+def zipped_zeros(megabytes: int) -> bytes:
+    """A zlib stream of that many zeros, put together from one compressed megabyte."""
+    squeezer = zlib.compressobj(9, wbits=-15)
+    block = squeezer.compress(bytes(1 << 20)) + squeezer.flush(zlib.Z_FULL_FLUSH)
+    checksum = struct.pack(">HH", (megabytes << 20) % 65_521, 1)
+    return b"\x78\xda" + block * megabytes + b"\3\0" + checksum
 
 
 def tiff(width: int, height: int, *tags: tuple[int, int, int], data: bytes = b"") -> bytes:
@@ -352,16 +356,16 @@ def heavy_jp2() -> bytes:
 MILLION = 1_000_000
 
 BOMBS: Mapping[str, Any] = {
-    "huge header.png": lambda: png(60_000, 60_000, pixels=zipped_zeros(8 << 20)),
-    "zip bomb.png": lambda: png(30, 30, pixels=zipped_zeros(200 << 20)),
-    "text bomb.png": lambda: png(1, 1, extra=chunk(b"zTXt", b"a\0\0" + zipped_zeros(400 << 20))),
-    "profile bomb.png": lambda: png(1, 1, extra=chunk(b"iCCP", b"a\0\0" + zipped_zeros(400 << 20))),
+    "huge header.png": lambda: png(60_000, 60_000, pixels=zipped_zeros(8)),
+    "zip bomb.png": lambda: png(30, 30, pixels=zipped_zeros(200)),
+    "text bomb.png": lambda: png(1, 1, extra=chunk(b"zTXt", b"a\0\0" + zipped_zeros(400))),
+    "profile bomb.png": lambda: png(1, 1, extra=chunk(b"iCCP", b"a\0\0" + zipped_zeros(400))),
     "chunks.png": lambda: png(1, 1, extra=chunk(b"tEXt", b"a\0b") * MILLION),
     "chunks after.png": lambda: png(
         1, 1, pixels=zlib.compress(bytes(4)), after=chunk(b"teXt", b"") * MILLION
     ),
     "empty pieces.png": lambda: png(2000, 2000, after=chunk(b"IDAT", b"") * MILLION),
-    "one row.png": lambda: png(60_000_000, 1, pixels=zipped_zeros(180 << 20)),
+    "one row.png": lambda: png(60_000_000, 1, pixels=zipped_zeros(180)),
     "screen.gif": lambda: b"GIF89a\xff\xff\xff\xff\0\0\0,\0\0\0\0\1\0\1\0\0\2\1\0\0;",
     "frame.gif": lambda: b"GIF89a\1\0\1\0\0\0\0,\0\0\0\0\xff\xff\xff\xff\0\2\1\0\0;",
     "comments.gif": lambda: b"GIF89a\1\0\1\0\0\0\0!\xfe" + b"\1a" * MILLION,
@@ -372,7 +376,7 @@ BOMBS: Mapping[str, Any] = {
     ),
     "deflated tile.tif": lambda: tiff(
         16, 16, (259, 3, 8), (322, 4, 16_000), (323, 4, 16_000), (324, 4, 158), (325, 4, 260_000),
-        data=bytes(4) + zipped_zeros(256 << 20),
+        data=bytes(4) + zipped_zeros(256),
     ),
     "tags.tif": lambda: b"II*\0\x08\0\0\0\xff\xff" + b"\0\1\3\0\1\0\0\0\1\0\0\0" * 65_535,
     "loop.tif": lambda: b"II*\0\x08\0\0\0\0\0\x08\0\0\0",
@@ -380,8 +384,8 @@ BOMBS: Mapping[str, Any] = {
     "padding.jpg": lambda: b"\xff\xd8" + b"\xff" * 20 * MILLION,
     "junk.jpg": lambda: b"\xff\xd8\xff" + bytes(20 * MILLION),
     "segments.jpg": lambda: b"\xff\xd8" + b"\xff\xe0\0\2" * 5 * MILLION,
-    "hidden.ico": lambda: icon_of(png(30_000, 30_000, pixels=zipped_zeros(64 << 20))),
-    "hidden 2.ico": lambda: icon_of(png(10_000, 8_000, pixels=zipped_zeros(229 << 20))),
+    "hidden.ico": lambda: icon_of(png(30_000, 30_000, pixels=zipped_zeros(64))),
+    "hidden 2.ico": lambda: icon_of(png(10_000, 8_000, pixels=zipped_zeros(229))),
     "hidden bitmap.ico": lambda: icon_of(
         struct.pack("<IiiHHIIiiII", 40, 10_000, 16_000, 1, 32, 0, 0, 0, 0, 0, 0) + bytes(100)
     ),
@@ -401,6 +405,11 @@ BOMBS: Mapping[str, Any] = {
     "huge.tga": lambda: struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, 65_535, 65_535, 32, 0),
 }  # fmt: skip
 
+
+def test_the_bombs_are_live() -> None:
+    assert zlib.decompress(zipped_zeros(3)) == bytes(3 << 20)
+
+
 HARMLESS = {"zip bomb.png"}
 
 
@@ -410,7 +419,7 @@ def test_bombs(opener: Opener, tmp_path: Path) -> None:
         paths.append(tmp_path / name)
         paths[-1].write_bytes(make())
     assert max(path.stat().st_size for path in paths) < 64 << 20
-    outcomes = open_all(opener, paths, peak_mb=400)
+    outcomes = open_all(opener, paths, peak_mb=200)
     passed = {path.name for path, said in outcomes.items() if said == "ok"}
     assert passed <= HARMLESS
 
@@ -440,7 +449,7 @@ def test_the_shared_collection(opener: Opener, tmp_path: Path) -> None:
     folder = tmp_path / "robust"
     rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
     assert len(rows) == 765
-    outcomes = open_all(opener, [folder / row["file"] for row in rows], peak_mb=400)
+    outcomes = open_all(opener, [folder / row["file"] for row in rows], peak_mb=250)
     ok = {str(path.relative_to(folder)) for path, said in outcomes.items() if said == "ok"}
     assert len(ok) > 450
     # What Pillow 13 could read in a format of ours is read here too.

@@ -115,6 +115,9 @@ def open_image(
     name, data = _read(source, limits, allow_urls)
     if not data:
         raise BadImage(name, "is empty")
+    # Pillow decodes an icon while opening it.
+    for size in _icon_sizes(data):
+        _check_size(size, name, limits)
     stream = _CountedReads(data)
     with _translated(name, data), Image.open(stream, formats=limits.formats) as image:
         stream.reads_left = _check_header(image, data, name, limits)
@@ -256,8 +259,8 @@ def _check_header(image: Image.Image, data: bytes, name: str, limits: ImageLimit
     """Refuse what would cost too much memory or time; return how many reads decoding may take."""
     _check_size(image.size, name, limits)
     width, height = image.size
-    for inner in _HIDDEN_SIZES.get(image.format or "", _no_sizes)(image, data):
-        _check_size(inner, name, limits)
+    for hidden in _hidden_sizes(image, data):
+        _check_size(hidden, name, limits)
     codecs = {str(tile[0]) for tile in getattr(image, "tile", ())}
     in_python = not codecs.isdisjoint(Image.DECODERS)
     # OpenJPEG holds some 30 bytes a pixel, so that a file of 1 kB could ask for 2 GB.
@@ -290,41 +293,30 @@ def _check_size(size: tuple[int, int], name: str, limits: ImageLimits) -> None:
         )
 
 
-def _no_sizes(_image: Image.Image, _data: bytes) -> Iterator[tuple[int, int]]:
-    return iter(())
-
-
-def _icon_sizes(_image: Image.Image, data: bytes) -> Iterator[tuple[int, int]]:
+def _icon_sizes(data: bytes) -> Iterator[tuple[int, int]]:
     """Yield the sizes of the pictures inside an ICO, whose directory cannot say more than 256."""
-    for index in range(min(int.from_bytes(data[4:6], "little"), len(data) // 16)):
-        start = int.from_bytes(data[18 + 16 * index : 22 + 16 * index], "little")
-        if data[start : start + 8] == b"\x89PNG\r\n\x1a\n":
-            yield cast("tuple[int, int]", struct.unpack_from(">II", data, start + 16))
-        elif data[start : start + 4] == b"\x28\0\0\0":
-            width, height = struct.unpack_from("<ii", data, start + 4)
+    count = int.from_bytes(data[4:6], "little") if data[:4] == b"\0\0\1\0" else 0
+    for entry in range(6, min(6 + 16 * count, len(data) - 15), 16):
+        start = int.from_bytes(data[entry + 12 : entry + 16], "little")
+        head = data[start : start + 24].ljust(24, b"\0")
+        if head.startswith(b"\x89PNG"):
+            yield cast("tuple[int, int]", struct.unpack_from(">II", head, 16))
+        else:
+            width, height = struct.unpack_from("<ii", head, 4)
+            # Twice the height: colours, then a mask.
             yield max(1, abs(width)), max(1, abs(height) // 2)
 
 
-def _tile_sizes(image: Image.Image, _data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield the tile size of a TIFF: one tile may be far larger than the picture."""
-    tags = image.tag_v2  # type: ignore[attr-defined]
-    if isinstance(width := tags.get(322), int) and isinstance(height := tags.get(323), int):
-        yield max(1, width), max(1, height)
-
-
-def _codestream_sizes(_image: Image.Image, data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield the size in a JPEG 2000 codestream, which need not be the one in its container."""
-    start = data.find(b"\xff\x4f\xff\x51")
-    if start >= 0:
+def _hidden_sizes(image: Image.Image, data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield what a decoder will really allocate where that is not the picture's size."""
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        if isinstance(width := tags.get(322), int) and isinstance(height := tags.get(323), int):
+            yield max(1, width), max(1, height)
+    elif image.format == "JPEG2000" and (start := data.find(b"\xff\x4f\xff\x51")) >= 0:
         width, height, left, top = struct.unpack_from(">IIII", data, start + 8)
         yield max(1, width - left), max(1, height - top)
 
-
-_HIDDEN_SIZES: Mapping[str, Callable[[Image.Image, bytes], Iterator[tuple[int, int]]]] = {
-    "ICO": _icon_sizes,
-    "TIFF": _tile_sizes,
-    "JPEG2000": _codestream_sizes,
-}
 
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 

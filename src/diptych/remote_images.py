@@ -194,21 +194,20 @@ def _resolve(host: str, port: int, deadline: float) -> list[tuple[Any, ...]]:
     return answers[0]
 
 
+# Only these are handed out; the rest of IPv6 is local, reserved or a translation.
+_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+
+
 def _is_public(address: str) -> bool:
-    """Tell whether an IP address, and the IPv4 address inside it, is on the public internet."""
+    """Tell whether an IP address, or the IPv4 address it stands for, is on the public internet."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = _inner_ipv4(ip)
-        if inner is not None:
-            return _is_public(str(inner))
-        # Only 2000::/3 is handed out; the rest of IPv6 is local, reserved or a translation.
-        if ip not in _GLOBAL_UNICAST:
+        if inner is None and ip not in _GLOBAL_UNICAST:
             return False
+        ip = inner or ip
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
-
-
-_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def _inner_ipv4(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:

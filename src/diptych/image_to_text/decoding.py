@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Protocol
 
 import numpy as np
@@ -175,13 +176,14 @@ def search_steps(
             f"max_length is {options.max_length} and the prompt has {prompt.size} tokens: "
             "a prompt needs at least the start token, and room after it."
         )
-    eos = np.unique(np.asarray(eos_token_ids, dtype=np.int64))
+    # Some configs write "no end token" as -1.
+    eos = np.unique([token for token in eos_token_ids if token >= 0]).astype(np.int64)
     start = _start(prompt, _rows_per_image(options))
     states = [start] * num_images
     advances = [_advance(options, eos, image) for image in range(num_images)]
     active = list(range(num_images))
     token_ids, parents = np.tile(prompt, (num_images, 1)), None
-    for index in range(options.max_length - prompt.size):
+    for index in count():
         logits = _checked(step(token_ids, parents), len(token_ids), index)
         rows = len(logits) // len(active)
         for place, image in enumerate(active):
@@ -463,7 +465,7 @@ def _ban_early_end(scores: Floats, token_ids: Ids, *, min_length: int, eos: Ids)
     if token_ids.shape[1] >= min_length:
         return scores
     scores = scores.copy()
-    scores[:, eos] = -np.inf
+    scores[:, eos[eos < scores.shape[1]]] = -np.inf
     return scores
 
 
@@ -482,7 +484,7 @@ def _keep_top_k(scores: Floats, token_ids: Ids, *, top_k: int) -> Floats:
 def _keep_top_p(scores: Floats, token_ids: Ids, *, top_p: float) -> Floats:
     """Keep the fewest tokens of each row that hold `top_p` of the probability, at least one.
 
-    Holtzman et al. 2020. Of tokens that tie at the border, later ids stay, as in transformers.
+    Holtzman et al. 2020. Of tokens that tie at the border, lower ids stay.
     """
     scores = scores.copy()
     for row in scores:
@@ -495,7 +497,8 @@ def _keep_top_p(scores: Floats, token_ids: Ids, *, top_p: float) -> Floats:
         border = ordered[removed]
         ties = np.flatnonzero(row == border)
         row[row < border] = -np.inf
-        row[ties[: removed - int(np.searchsorted(ordered, border))]] = -np.inf
+        surplus = removed - int(np.searchsorted(ordered, border))
+        row[ties[ties.size - surplus :]] = -np.inf
     return scores
 
 

@@ -8,13 +8,13 @@ that take them in (attention, activations), so a layer is a dozen nodes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from diptych.errors import UnsupportedModel
-from diptych.runtimes.graph import Graph, Weights
+from diptych.runtimes.graph import Graph, Shape, Weights
 
 __all__ = ["decoder_graph", "encoder_graph", "num_image_tokens"]
 
@@ -70,8 +70,8 @@ def decoder_graph(config: Config, weights: Weights) -> Graph:
     `input_ids` [N, T], of every layer `past_key_i`, `past_value_i` [N, heads, S, d], and
     `cross_key_i`, `cross_value_i` [B, heads, P, d] or `prefix_embeds` [N, P or 0, D], to `logits`
     [N, V] of the last position, `present_key_i`, `present_value_i` [N, heads, S + T, d] and
-    `image_attention` [N, T, P]. A tensor a layer, because a slice of the whole cache is one as it
-    lies, while taking slices inside the graph copies them.
+    `image_attention` [N, T, P], if the input `look` is true. A tensor a layer, because a slice of
+    the whole cache is one as it lies, while taking slices inside the graph copies them.
     """
     prefix = config["bridge"] == "prefix"
     tokens = num_image_tokens(config["encoder"])
@@ -203,7 +203,7 @@ def _vit_attention(write: _Writer, normed: str, layer: str, vit: Config) -> str:
 # --- the decoder ----------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class _Step:
     """Write the decoder; holds what its layers share."""
 
@@ -211,7 +211,6 @@ class _Step:
     config: Config
     prefix: bool
     image_tokens: int
-    seen: list[str] = field(default_factory=list)  # each layer's image attention
 
     def run(self) -> Graph:
         graph, write, eps = self.write.graph, self.write, self.config["layer_norm_eps"]
@@ -233,7 +232,7 @@ class _Step:
         head = "wte" if self.config["tie_word_embeddings"] else "lm_head"
         kernel = graph.weight("decoder.head.weight", write.source[f"decoder.{head}.weight"])
         graph.add("Gemm", last, kernel, to="logits", transB=1)
-        graph.add("Mean", *self.seen, to="image_attention")
+        self.image_attention()
         return graph
 
     @property
@@ -252,7 +251,6 @@ class _Step:
         if self.prefix:
             graph.input("prefix_embeds", "FLOAT", ["N", "I", self.config["hidden_size"]])
         graph.output("logits", ["N", self.config["vocab_size"]])
-        graph.output("image_attention", ["N", "T", self.image_tokens])
         for layer in range(self.config["num_hidden_layers"]):
             for part in ("key", "value"):
                 graph.input(f"past_{part}_{layer}", "FLOAT", ["N", heads, "S", size])
@@ -294,60 +292,73 @@ class _Step:
             scale=self.scale(layer),
             unidirectional=1,
         )
-        if self.prefix:
-            self.see_prefix(layer, parts[0])
         return self.write.linear(mixed, f"{path}.c_proj")
 
     def cross_attention(self, layer: int, normed: str) -> str:
         graph, path = self.write.graph, f"decoder.h.{layer}.crossattention"
         query = self.write.linear(normed, f"{path}.q_attn")
         # The beams become further queries of their picture: its keys are read once, not per beam.
-        query = graph.add("Reshape", query, "by_picture")
+        query = graph.add("Reshape", query, "by_picture", to=f"{path}.query")
         mixed = graph.add(
             ".MultiHeadAttention",
             *(query, f"cross_key_{layer}", f"cross_value_{layer}"),
             num_heads=self.config["num_attention_heads"],
             scale=self.scale(layer),
         )
-        weights = self.weights(layer, query, f"cross_key_{layer}")
-        self.seen.append(graph.add("Reshape", weights, "by_word"))
         return self.write.linear(graph.add("Reshape", mixed, "by_row"), f"{path}.c_proj")
 
-    # What follows is for `image_attention` only; a run that does not want that leaves it out.
+    # What follows is for `image_attention` only. It stands in a branch of its own, because a run
+    # computes what lies outside of branches whether it is asked for or not.
 
-    def weights(self, layer: int, query: str, key: str, mask: str = "") -> str:
-        """Write the heads' mean attention of `query` [B, T, D] to `key` [B, heads, S, d]."""
-        graph, heads = self.write.graph, self.config["num_attention_heads"]
-        split = graph.add("Reshape", query, graph.ints(0, 0, heads, self.head_size))
-        split = graph.add("Transpose", split, perm=[0, 2, 1, 3])
-        scores = graph.add(".FusedMatMul", split, key, transB=1, alpha=self.scale(layer))
+    def image_attention(self) -> None:
+        """Write how far each word looked at each image token, if `look` says so: [N, T, P]."""
+        graph = self.write.graph
+        shape: Shape = ["N", "T", self.image_tokens]
+        seen, unseen = graph.branch("seen"), graph.branch("unseen")
+        layers = [self.seen(seen, layer) for layer in range(self.config["num_hidden_layers"])]
+        seen.add("Mean", *layers, to=seen.output("image_attention.seen", shape))
+        nothing = graph.weight("nothing", np.zeros((0, 0, self.image_tokens), np.float32))
+        unseen.add("Identity", nothing, to=unseen.output("image_attention.unseen", shape))
+        graph.input("look", "BOOL", [])
+        graph.output("image_attention", shape)
+        graph.add("If", "look", to="image_attention", then_branch=seen, else_branch=unseen)
+
+    def seen(self, graph: Graph, layer: int) -> str:
+        """Write the heads' mean attention of one layer."""
+        if not self.prefix:
+            query = f"decoder.h.{layer}.crossattention.query"
+            weights = self.weights(graph, layer, query, f"cross_key_{layer}")
+            return graph.add("Reshape", weights, "by_word")
+        if layer == 0:
+            self.mask(graph)
+        path = f"decoder.h.{layer}.attn"
+        ends = "minus_words", graph.ints(_FAR)
+        query = graph.add("Slice", f"{path}.query", *ends, graph.ints(1))
+        bias = self.write.source[f"{path}.c_attn.bias"][: self.config["hidden_size"]]
+        query = graph.add("Add", query, graph.weight(f"{path}.query.bias", bias))
+        weights = self.weights(graph, layer, query, f"present_key_{layer}", "mask")
+        return graph.add(
+            "Slice", weights, graph.ints(0), graph.ints(self.image_tokens), graph.ints(2)
+        )
+
+    def weights(self, graph: Graph, layer: int, query: str, key: str, mask: str = "") -> str:
+        """Write the attention of `query` [B, T, D] to `key` [B, heads, S, d]: [B, T, S]."""
+        split = graph.ints(0, 0, self.config["num_attention_heads"], self.head_size)
+        query = graph.add("Transpose", graph.add("Reshape", query, split), perm=[0, 2, 1, 3])
+        scores = graph.add(".FusedMatMul", query, key, transB=1, alpha=self.scale(layer))
         if mask:
             scores = graph.add("Add", scores, mask)
         weights = graph.add("Softmax", scores, axis=-1)
         return graph.add("ReduceMean", weights, graph.ints(1), keepdims=0)
 
-    def see_prefix(self, layer: int, query: str) -> None:
-        graph, path = self.write.graph, f"decoder.h.{layer}.attn"
-        if layer == 0:
-            self.mask()
-        query = graph.add("Slice", query, "minus_words", graph.ints(_FAR), graph.ints(1))
-        bias = self.write.source[f"{path}.c_attn.bias"][: self.config["hidden_size"]]
-        query = graph.add("Add", query, graph.weight(f"{path}.query.bias", bias))
-        weights = self.weights(layer, query, f"present_key_{layer}", "mask")
-        tokens = graph.ints(self.image_tokens)
-        self.seen.append(graph.add("Slice", weights, graph.ints(0), tokens, graph.ints(2)))
-
-    def mask(self) -> None:
+    def mask(self, graph: Graph) -> None:
         """Write what the last T of S + I + T positions may see: 0, and -inf for what is later."""
-        graph = self.write.graph
         graph.add("Neg", "words", to="minus_words")
         total = graph.add("Reshape", "total", graph.ints())
         zero, one = graph.weight("zero", np.int64(0)), graph.weight("one", np.int64(1))
         keys = graph.add("Range", zero, total, one)
         queries = graph.add("Slice", keys, "minus_words", graph.ints(_FAR))
         later = graph.add("Less", graph.add("Unsqueeze", queries, graph.ints(1)), keys)
-        seen, never = (
-            graph.weight("seen", np.float32(0)),
-            graph.weight("never", np.float32(-np.inf)),
-        )
-        graph.add("Where", later, never, seen, to="mask")
+        now = graph.weight("now", np.float32(0))
+        never = graph.weight("never", np.float32(-np.inf))
+        graph.add("Where", later, never, now, to="mask")

@@ -21,7 +21,7 @@ from diptych.errors import UnsupportedModel
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Graph", "Weights", "data_path", "read_network", "write_network"]
+__all__ = ["Graph", "Shape", "Weights", "data_path", "read_network", "write_network"]
 
 Weights = Mapping[str, NDArray[Any]]
 Shape = Sequence[int | str]
@@ -77,12 +77,16 @@ class Graph:
         Operators of `com.microsoft` are written with a leading dot, as in `.FastGelu`.
         """
         outputs = [to] if isinstance(to, str) else list(to)
-        outputs[0] = outputs[0] or f"{op.lstrip('.')}.{len(self.nodes)}"
+        outputs[0] = outputs[0] or f"{self.name}.{op.lstrip('.')}.{len(self.nodes)}"
         self.nodes.append(Node(op, inputs, tuple(outputs), attributes))
         return outputs[0]
 
-    def proto(self) -> onnx.ModelProto:
-        """Return the ONNX model, without its weights."""
+    def branch(self, name: str) -> Graph:
+        """Return a graph for one side of an `If`: it sees all values of this one."""
+        return Graph(name, weights=self.weights)
+
+    def proto(self) -> onnx.GraphProto:
+        """Return the graph for ONNX, without its weights."""
         from onnx import TensorProto, helper
 
         def infos(values: Mapping[str, tuple[str, Shape]]) -> list[Any]:
@@ -97,18 +101,24 @@ class Graph:
                 node.inputs,
                 node.outputs,
                 domain=_MICROSOFT if node.op.startswith(".") else "",
-                **node.attributes,
+                **{
+                    name: value.proto() if isinstance(value, Graph) else value
+                    for name, value in node.attributes.items()
+                },
             )
             for node in self.nodes
         ]
-        graph = helper.make_graph(nodes, self.name, infos(self.inputs), infos(self.outputs))
-        opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid(_MICROSOFT, 1)]
-        return helper.make_model(
-            graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="diptych"
-        )
+        return helper.make_graph(nodes, self.name, infos(self.inputs), infos(self.outputs))
 
     def write(self, path: Path) -> None:
-        write_network(self.proto(), self.weights, path)
+        """Write the network to `path`, and its weights beside it."""
+        from onnx import helper
+
+        opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid(_MICROSOFT, 1)]
+        model = helper.make_model(
+            self.proto(), opset_imports=opsets, ir_version=_IR_VERSION, producer_name="diptych"
+        )
+        write_network(model, self.weights, path)
 
 
 def data_path(path: Path) -> Path:

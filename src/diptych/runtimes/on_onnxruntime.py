@@ -23,14 +23,17 @@ _ERRORS_ONLY = 3
 
 def open_artifact(files: Mapping[str, Path]) -> dict[str, Network]:
     """Open `encoder` and `decoder`; raises `UnsupportedModel` for files that are none of ours."""
-    return {"encoder": OnnxEncoder(files["encoder"]), "decoder": OnnxDecoder(files["decoder"])}
+    # The decoder first: loading its head takes room for a moment that the encoder fills for good.
+    decoder = OnnxDecoder(files["decoder"])
+    return {"encoder": OnnxEncoder(files["encoder"]), "decoder": decoder}
 
 
 class OnnxEncoder:
     """Turn `pixel_values` [B, C, H, W] into what the decoder takes of the picture."""
 
     def __init__(self, path: Path) -> None:
-        self._session = Session(path, "pixel_values")
+        # It runs once a picture: what it works in is better given back than kept for the next.
+        self._session = Session(path, "pixel_values", keep_memory=False)
         shapes = self._session.outputs
         self.inputs = {"pixel_values": "B C H W"}
         self.outputs = (
@@ -68,7 +71,7 @@ class OnnxDecoder:
     """Run one step of the decoder; the rows N are B pictures times the beams of each."""
 
     def __init__(self, path: Path) -> None:
-        self._session = Session(path, "input_ids")
+        self._session = Session(path, "input_ids", keep_memory=True)
         self._bridge = (
             "prefix_embeds" if "prefix_embeds" in self._session.inputs else "cross_key_values"
         )
@@ -96,7 +99,8 @@ class OnnxDecoder:
         if past is None:
             shape = (self._layers, 2, rows, self._heads, 0, self._head_size)
             past = np.empty(shape, np.float32)
-        inputs = {"input_ids": input_ids, **self._split("past", np.ascontiguousarray(past))}
+        inputs = {"input_ids": input_ids, "look": np.array("image_attention" in names)}
+        inputs |= self._split("past", np.ascontiguousarray(past))
         total = past.shape[4] + words
         if self._bridge == "prefix_embeds":
             prefix = arrays.get("prefix_embeds")
@@ -144,11 +148,13 @@ class OnnxDecoder:
 class Session:
     """Run one ONNX file into arrays that the caller provides."""
 
-    def __init__(self, path: Path, needed: str) -> None:
+    def __init__(self, path: Path, needed: str, *, keep_memory: bool) -> None:
+        options = _options()
+        options.enable_cpu_mem_arena = keep_memory
         try:
             self._session = onnxruntime.InferenceSession(
                 str(path),
-                _options(),
+                options,
                 providers=["CPUExecutionProvider"],
                 # Fusing a sum with its norm takes four times as long as the two alone.
                 disabled_optimizers=["SkipLayerNormFusion"],
@@ -160,9 +166,7 @@ class Session:
         self.outputs = {each.name: tuple(each.shape) for each in self._session.get_outputs()}
         if needed not in self.inputs:
             raise UnsupportedModel(f"{path} has no input {needed}: it was not exported by diptych")
-        # What is not asked for is not computed.
         self._run_options = onnxruntime.RunOptions()
-        self._run_options.only_execute_path_to_fetches = True
         self._run_options.log_severity_level = _ERRORS_ONLY
         self._path = path
 

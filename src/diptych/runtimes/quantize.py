@@ -8,7 +8,7 @@ norms and attention are computed in float32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,13 +118,24 @@ def quantize_network(source: Path, target: Path) -> None:
     model, weights = read_network(source)
     rewritten = _Rewriter(weights)
     nodes = [new for node in model.graph.node for new in rewritten.rewrite(node)]
-    used = {name for node in nodes for name in node.input}
+    used = _used(nodes)
     kept = {name: array for name, array in weights.items() if name in used}
     made = {name: array for name, array in rewritten.made.items() if name in used}
     casts = _halve_tables(kept)
     del model.graph.node[:]
     model.graph.node.extend([*casts, *nodes])
     write_network(model, {**kept, **made}, target)
+
+
+def _used(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+    """Return the values that `nodes` read, those read in their branches among them."""
+    names: set[str] = set()
+    for node in nodes:
+        names |= set(node.input)
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                names |= _used(attribute.g.node)
+    return names
 
 
 @dataclass

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from io import BufferedReader
-from pathlib import Path
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -58,12 +57,10 @@ def load_captioner(
     renamed = forwards(dialect, stored)
     places = _places(module)
     _check(model, renamed, stored, places)
-    target = _dtype(dtype, device, stored)
-    state: dict[str, Tensor] = {}
-    for name, tensor in _read(renamed.names, stored, places):
-        if check_finite and tensor.is_floating_point() and not tensor.isfinite().all():
-            raise WeightsMismatch(f"{model.name}: {name} holds NaN or infinity: {FETCH_ANEW}.")
-        state[name] = tensor.to(device, target if tensor.is_floating_point() else tensor.dtype)
+    reader = _Reader(device, _dtype(dtype, device, stored))
+    state = reader.read({name: (stored[renamed.names[name]], places[name]) for name in places})
+    if check_finite:
+        _check_finite(model, state)
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval()
 
@@ -148,8 +145,10 @@ def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
         return one.dtype == other.dtype
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
-    with one.file.open("rb") as first, other.file.open("rb") as second:
-        return torch.equal(_tensor(one, first), _tensor(other, second))
+    reader = _Reader(torch.device("cpu"), getattr(torch, one.dtype))
+    place = _Place(dialect.TIED[0], torch.empty(one.shape, device="meta"))
+    found = reader.read({"one": (one, place), "other": (other, place)})
+    return torch.equal(found["one"], found["other"])
 
 
 # --- the check ------------------------------------------------------------------------------------
@@ -204,39 +203,57 @@ def _misfit(stored: StoredTensor, place: _Place) -> str | None:
     return None
 
 
+def _check_finite(model: ModelFolder, state: Mapping[str, Tensor]) -> None:
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise WeightsMismatch(f"{model.name}: {name} holds NaN or infinity: {FETCH_ANEW}.")
+
+
 # --- reading --------------------------------------------------------------------------------------
 
 
-def _read(
-    names: Mapping[str, str], stored: Mapping[str, StoredTensor], places: Mapping[str, _Place]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor as the module wants it, in the order of the files."""
-    order = sorted(names, key=lambda name: (stored[names[name]].file, stored[names[name]].offset))
-    path: Path | None = None
-    file: BufferedReader | None = None
-    try:
-        for name in order:
-            found = stored[names[name]]
-            if file is None or found.file != path:
-                if file is not None:
-                    file.close()
-                path, file = found.file, found.file.open("rb")
-            tensor = _tensor(found, file)
-            # Contiguous, because a transposed view would keep its slow layout for good.
-            yield name, tensor.t().contiguous() if places[name].is_transposed else tensor
-    finally:
-        if file is not None:
-            file.close()
+class _Reader:
+    """Read tensors into memory of their own. A map of the file would change with the file."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        # What is not kept as it is in the file passes through here: new memory for each would
+        # leave holes of its size between the tensors that stay.
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def read(self, wanted: Mapping[str, tuple[StoredTensor, _Place]]) -> dict[str, Tensor]:
+        """Return every tensor as the module wants it; files are read from front to back."""
+        order = sorted(wanted, key=lambda name: (wanted[name][0].file, wanted[name][0].offset))
+        found: dict[str, Tensor] = {}
+        for path, names in groupby(order, key=lambda name: wanted[name][0].file):
+            with path.open("rb") as file:
+                for name in names:
+                    stored, place = wanted[name]
+                    found[name] = self._read(stored, place.is_transposed, file)
+        return found
+
+    def _read(self, stored: StoredTensor, is_transposed: bool, file: BufferedReader) -> Tensor:
+        own = getattr(torch, stored.dtype)
+        target = self._dtype if own.is_floating_point else own
+        is_as_stored = not is_transposed and stored.strides is None and target == own
+        if is_as_stored and self._device.type == "cpu":
+            return _filled(torch.empty(stored.shape, dtype=own), stored, file)
+        if len(self._scratch) < stored.span_bytes:
+            self._scratch = torch.empty(stored.span_bytes, dtype=torch.uint8)
+        source = _filled(self._scratch[: stored.span_bytes].view(own), stored, file)
+        if stored.strides is None:
+            source = source.view(stored.shape)
+        else:
+            source = source.as_strided(stored.shape, stored.strides)
+        source = source.t() if is_transposed else source
+        # Contiguous, because a transposed view would keep its slow layout for good.
+        return torch.empty(source.shape, dtype=target, device=self._device).copy_(source)
 
 
-def _tensor(stored: StoredTensor, file: BufferedReader) -> Tensor:
-    """Read one tensor into memory of its own. A map of the file would change with the file."""
-    flat = torch.empty(stored.span, dtype=getattr(torch, stored.dtype))
-    if stored.span:
-        read_into(flat.view(torch.uint8).numpy().data, stored, file)
-    if stored.strides is None or math.prod(stored.shape) == 0:
-        return flat.reshape(stored.shape)
-    return flat.as_strided(stored.shape, stored.strides).contiguous()
+def _filled(tensor: Tensor, stored: StoredTensor, file: BufferedReader) -> Tensor:
+    if tensor.numel():
+        read_into(tensor.view(-1).view(torch.uint8).numpy().data, stored, file)
+    return tensor
 
 
 # --- device and dtype -----------------------------------------------------------------------------

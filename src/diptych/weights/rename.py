@@ -1,8 +1,8 @@
-"""Apply a dialect's table to the names of tensors, forwards and backwards.
+"""Apply a dialect's tables to the names of tensors, forwards and backwards.
 
 A rule pairs two module paths, `{}` standing for a number: what follows the path (`.weight`,
-`.bias`, …) passes through. A rule may also name a whole tensor. Rules are looked up, not searched,
-so no name can match two of them.
+`.bias`, …) passes through. Rules for whole names are in a table of their own. Both are looked up,
+not searched, so a name matches one rule or none.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ LEAVES = frozenset({"weight", "bias", "running_mean", "running_var", "num_batche
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 Pairs = tuple[tuple[str, str], ...]
+Rules = tuple[tuple[str, str | None], ...]
 
 
 class Dialect(Protocol):
     """Name what a dialect module holds; every pattern is one of the file, then one of the module.
 
-    `ALIASES` turns other spellings into those of `RULES`, for reading only; a rule to None is for
-    what is known and dropped. `RESHAPE` says how a tensor, by its name in the file, is stored.
+    `RULES` are for module paths, `TENSORS` for whole names; a rule to None is for what is known and
+    dropped. `ALIASES` turns other spellings of paths into those of `RULES`, for reading only.
+    `RESHAPE` says how a tensor, by its name in the file, is stored.
     """
 
     @property
@@ -35,7 +37,9 @@ class Dialect(Protocol):
     @property
     def ALIASES(self) -> Pairs: ...
     @property
-    def RULES(self) -> tuple[tuple[str, str | None], ...]: ...
+    def RULES(self) -> Rules: ...
+    @property
+    def TENSORS(self) -> Rules: ...
     @property
     def RESHAPE(self) -> Mapping[str, Literal["transpose"]]: ...
 
@@ -53,16 +57,17 @@ class Renamed:
 def forwards(dialect: Dialect, names: Iterable[str]) -> Renamed:
     """Map the names in a file to those in the module; each lands in exactly one place."""
     names = list(names)
-    aliases, rules = dict(dialect.ALIASES), dict(dialect.RULES)
+    aliases = _Table(dialect.ALIASES, ())
+    rules = _Table(dialect.RULES, dialect.TENSORS)
     prefix = _wrapper(names)
     claims: dict[str, list[str]] = {}
     dropped, unknown = [], []
     for name in names:
         spelling = name[len(prefix) :]
-        spelling = _apply(aliases, spelling) or spelling
-        if not _knows(rules, spelling):
+        known, target = rules.apply(aliases.apply(spelling)[1] or spelling)
+        if not known:
             unknown.append(name)
-        elif (target := _apply(rules, spelling)) is None:
+        elif target is None:
             dropped.append(name)
         else:
             claims.setdefault(target, []).append(name)
@@ -76,12 +81,10 @@ def forwards(dialect: Dialect, names: Iterable[str]) -> Renamed:
 
 def backwards(dialect: Dialect, names: Iterable[str]) -> dict[str, str]:
     """Map the names in the module to those in the file; KeyError for one that no rule gives."""
-    rules: dict[str, str | None] = {
-        module: file for file, module in dialect.RULES if module is not None
-    }
+    rules = _Table(_inverse(dialect.RULES), _inverse(dialect.TENSORS))
     found = {}
     for name in names:
-        target = _apply(rules, name)
+        _, target = rules.apply(name)
         if target is None:
             raise KeyError(f"no rule of {dialect.NAME} leads to {name}")
         found[name] = target
@@ -103,33 +106,37 @@ def _wrapper(names: list[str]) -> str:
     return prefix
 
 
-def _knows(rules: Mapping[str, str | None], name: str) -> bool:
-    return _split(rules, name) is not None
+def _inverse(rules: Rules) -> Pairs:
+    return tuple((module, file) for file, module in rules if module is not None)
 
 
-def _apply(rules: Mapping[str, str | None], name: str) -> str | None:
-    """Return the new name; None where no rule is for it, or the rule drops it."""
-    if (found := _split(rules, name)) is None:
-        return None
-    pattern, numbers, rest = found
-    target = rules[pattern]
-    return None if target is None else target.format(*numbers) + rest
+class _Table:
+    """Look names up in rules for module paths and for whole names."""
+
+    def __init__(self, paths: Rules, tensors: Rules) -> None:
+        self._paths, self._tensors = dict(paths), dict(tensors)
+
+    def apply(self, name: str) -> tuple[bool, str | None]:
+        """Say whether a rule knows `name`, and return the new one, None where it is dropped."""
+        pattern, numbers = _pattern(name)
+        if pattern in self._tensors:
+            return True, _filled(self._tensors[pattern], numbers)
+        path, _, leaf = name.rpartition(".")
+        pattern, numbers = _pattern(path)
+        if leaf not in LEAVES or pattern not in self._paths:
+            return False, None
+        target = _filled(self._paths[pattern], numbers)
+        return True, None if target is None else f"{target}.{leaf}"
 
 
-def _split(rules: Mapping[str, str | None], name: str) -> tuple[str, list[str], str] | None:
-    """Return the pattern that `name` matches, its numbers, and what passes through."""
-    pattern, numbers = _pattern(name)
-    if pattern in rules:
-        return pattern, numbers, ""
-    path, _, leaf = name.rpartition(".")
-    if leaf not in LEAVES:
-        return None
-    pattern, numbers = _pattern(path)
-    return (pattern, numbers, "." + leaf) if pattern in rules else None
+def _filled(pattern: str | None, numbers: list[str]) -> str | None:
+    return None if pattern is None else pattern.format(*numbers)
 
 
 def _pattern(name: str) -> tuple[str, list[str]]:
     """Split `h.11.attn` into `h.{}.attn` and its numbers."""
+    if "{" in name or "}" in name:
+        return "", []  # would be taken for a pattern; no rule is called so
     parts = name.split(".")
     # `07` is not the number 7: two names must never meet in one.
     is_number = [

@@ -19,6 +19,7 @@ __all__ = [
     "RESHAPE",
     "RULES",
     "TELLTALE",
+    "TENSORS",
     "TIED",
     "check_config",
     "read_config",
@@ -46,9 +47,6 @@ ALIASES = (
 _BLOCK = "decoder.transformer.h.{}"
 _STAGE = "encoder.embeddings.patch_embeddings.stages.{}"
 RULES: tuple[tuple[str, str | None], ...] = (
-    ("encoder.embeddings.cls_token", "encoder.embeddings.cls_token"),
-    ("encoder.embeddings.distillation_token", "encoder.embeddings.distillation_token"),
-    ("encoder.embeddings.position_embeddings", "encoder.embeddings.position_embeddings"),
     (
         "encoder.embeddings.patch_embeddings.projection",
         "encoder.embeddings.patch_embeddings.projection",
@@ -77,19 +75,24 @@ RULES: tuple[tuple[str, str | None], ...] = (
     (f"{_BLOCK}.mlp.c_proj", "decoder.h.{}.mlp.c_proj"),
     ("decoder.transformer.ln_f", "decoder.ln_f"),
     ("decoder.lm_head", "decoder.lm_head"),
-    # Leftovers: the pooler and mask token of pretraining, causal masks that were saved as buffers.
     ("encoder.pooler.dense", None),
-    ("encoder.embeddings.mask_token", None),
-    (f"{_BLOCK}.attn.bias", None),
-    (f"{_BLOCK}.attn.masked_bias", None),
-    (f"{_BLOCK}.crossattention.bias", None),
-    (f"{_BLOCK}.crossattention.masked_bias", None),
     # Ours.
     (f"{_STAGE}.{{}}", f"{_STAGE}.{{}}"),
     (f"{_STAGE}.conv_1.{{}}", f"{_STAGE}.conv_1.{{}}"),
     (f"{_STAGE}.conv_2.{{}}", f"{_STAGE}.conv_2.{{}}"),
     ("bridge.projection", "bridge.projection"),
     ("bridge.layer_norm", "bridge.layer_norm"),
+)
+TENSORS: tuple[tuple[str, str | None], ...] = (
+    ("encoder.embeddings.cls_token", "encoder.embeddings.cls_token"),
+    ("encoder.embeddings.distillation_token", "encoder.embeddings.distillation_token"),
+    ("encoder.embeddings.position_embeddings", "encoder.embeddings.position_embeddings"),
+    # Left over from pretraining, and from when causal masks were saved.
+    ("encoder.embeddings.mask_token", None),
+    (f"{_BLOCK}.attn.bias", None),
+    (f"{_BLOCK}.attn.masked_bias", None),
+    (f"{_BLOCK}.crossattention.bias", None),
+    (f"{_BLOCK}.crossattention.masked_bias", None),
 )
 
 # GPT-2 keeps its matrices (in, out), the square ones too.
@@ -302,7 +305,7 @@ def _checked(part: str, fields: Mapping[str, _Field], values: Mapping[str, Any])
         if name == "stem_channels":
             value = _channels(value)
         elif name == "hidden_act":
-            if value not in ACTIVATIONS:
+            if not isinstance(value, str) or value not in ACTIVATIONS:
                 raise UnsupportedModel(
                     f"{part}: hidden_act is {str(value)[:40]!r}; "
                     f"diptych knows {', '.join(sorted(ACTIVATIONS))}"
