@@ -124,6 +124,14 @@ def commands(page: Path) -> Iterator[tuple[int, list[str]]]:
             yield from ((block.line, command) for command in split(line))
 
 
+def printed_commands(page: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the commands whose output docs/generate_outputs.py fills in."""
+    text = page.read_text(encoding="utf-8")
+    for found in re.finditer(r"<!-- prints: (.+?) -->", text):
+        if found[1] != "python":
+            yield text.count("\n", 0, found.start()) + 1, shlex.split(found[1])
+
+
 def split(line: str) -> Iterator[list[str]]:
     lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
     lexer.whitespace_split = True
@@ -145,7 +153,7 @@ COMMANDS = [
     pytest.param(command, id=f"{name_of(page)}:{line} {' '.join(command)}"[:90])
     for page in PAGES
     if page not in PLANS
-    for line, command in commands(page)
+    for line, command in [*commands(page), *printed_commands(page)]
 ]
 
 
@@ -259,6 +267,13 @@ def anchors(page: Path) -> set[str]:
 def test_the_reference_is_that_of_the_code(capsys: pytest.CaptureFixture[str]) -> None:
     script = runpy.run_path(str(ROOT / "docs" / "generate_reference.py"))
     assert script["main"](["--check"]) == 0, capsys.readouterr().out
+
+
+def test_outputs_are_filled_in() -> None:
+    if not catalog.EMBEDDED.is_dir():
+        pytest.skip("this checkout carries no default model yet")
+    empty = [name_of(page) for page in PAGES if "(not run yet" in page.read_text(encoding="utf-8")]
+    assert not empty, "run python docs/generate_outputs.py"
 
 
 def test_every_page_is_in_the_navigation() -> None:

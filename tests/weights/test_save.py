@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -233,36 +229,29 @@ def test_missing_tokenizer(tmp_path: Path, checkpoint: Path) -> None:
     assert not (tmp_path / "saved").exists()
 
 
+def test_tokenizer_that_is_none(tmp_path: Path, checkpoint: Path) -> None:
+    (checkpoint / "tokenizer.json").write_text("not JSON")
+    with pytest.raises(BadInput, match=r"tokenizer\.json cannot be used: it is not JSON"):
+        save(load_captioner(describe(checkpoint)), tmp_path / "saved", checkpoint)
+    assert not (tmp_path / "saved").exists()
+
+
 @pytest.mark.parametrize("where", ["new", "checkpoint"])
 def test_full_disk_leaves_everything_as_it_was(
     tmp_path: Path, checkpoint: Path, where: str
 ) -> None:
     """A limit on the size of files stands for the disk: the system refuses the write the same."""
+    resource = pytest.importorskip("resource")
     before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
-    script = """
-        import resource, sys
-        from pathlib import Path
-        from diptych.errors import BadInput
-        from diptych.weights.files import describe
-        from diptych.weights.load import load_captioner
-        from diptych.weights.save import save_captioner
-        model = describe(sys.argv[1])
-        module = load_captioner(model)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-        try:
-            save_captioner(module, sys.argv[2], preprocessing=model.preprocessing,
-                           generation=model.generation, tokenizer=model.tokenizer)
-        except BadInput as error:
-            print(error)
-    """
-    assert (checkpoint / "model.safetensors").stat().st_size > 20_000
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), str(checkpoint), str(tmp_path / where)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "cannot be written: File too large. About 0 MB are needed: make room" in done.stdout
+    assert len(before["model.safetensors"]) > 20_000
+    module = load_captioner(describe(checkpoint))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(BadInput) as caught:
+            save(module, tmp_path / where, checkpoint)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot be written: File too large. About 0 MB are needed: make" in str(caught.value)
     assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]

@@ -57,17 +57,24 @@ def greedy_tokens(
 def compare_tokens(
     expected: Sequence[Sequence[int]], found: Sequence[Sequence[int]]
 ) -> dict[str, Any]:
-    """Count identical captions, and tell where the first other one differs."""
-    first = None
+    """Count identical captions, and tokens up to the first difference; tell where the first is."""
+    first, same, agreeing = None, 0, 0
     for image, (one, other) in enumerate(zip(expected, found, strict=True)):
-        if first is None and list(one) != list(other):
-            pairs = enumerate(zip(one, other, strict=False))
-            shorter = min(len(one), len(other))
-            position = next((place for place, (a, b) in pairs if a != b), shorter)
+        pairs = enumerate(zip(one, other, strict=False))
+        shorter = min(len(one), len(other))
+        position = next((place for place, (a, b) in pairs if a != b), shorter)
+        agreeing += position
+        if list(one) == list(other):
+            same += 1
+        elif first is None:
             first = {"image": image, "position": position}
-    same = sum(list(one) == list(other) for one, other in zip(expected, found, strict=True))
-    tokens = sum(len(one) for one in expected)
-    return {"images": len(expected), "tokens": tokens, "identical": same, "first_difference": first}
+    return {
+        "images": len(expected),
+        "identical": same,
+        "tokens": sum(len(one) for one in expected),
+        "agreeing": agreeing,
+        "first_difference": first,
+    }
 
 
 def compare_tensors(

@@ -50,9 +50,9 @@ def parse_object(data: bytes) -> dict[str, Any]:
         raise Rejected(f"it is not JSON: line {error.lineno}: {error.msg}") from error
     except RecursionError as error:
         raise Rejected(f"it is nested more than {_MAX_DEPTH} deep") from error
-    _check_depth(value)
     if not isinstance(value, dict):
         raise Rejected("it holds no JSON object")
+    _check_depth(value)
     return value
 
 
@@ -85,8 +85,8 @@ def _check_depth(value: Any) -> None:
         level = [
             child
             for item in level
-            if isinstance(item, dict | list)
             for child in (item.values() if isinstance(item, dict) else item)
+            if isinstance(child, dict | list)
         ]
         if not level:
             return

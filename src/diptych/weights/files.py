@@ -79,7 +79,7 @@ def verify(model: ModelFolder) -> None:
     """
     if not model.networks:
         return
-    stated = _read(model.path, "artifact.json")["networks"]
+    stated = _object(_read(model.path, "artifact.json"), "networks")
     for network, path in model.networks.items():
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()

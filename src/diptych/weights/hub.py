@@ -24,7 +24,7 @@ __all__ = ["resolve"]
 logger = logging.getLogger("diptych")
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_MODEL_ID = re.compile(r"[A-Za-z0-9_.-]{1,96}/[A-Za-z0-9_.-]{1,96}")
+_MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}")
 _BRANCH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,127}")
 
 _BESIDE = frozenset(
@@ -160,7 +160,7 @@ def _fetch(model_id: str, name: str, revision: str, progress: bool) -> ModelFold
         ) from error
     except errors.RevisionNotFoundError as error:
         raise UnknownModel(f"{model_id} has no revision {revision!r}: see {page}.") from error
-    except errors.RepositoryNotFoundError as error:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise UnknownModel(
             f"{name!r} is no folder here, and the hub has no such model that you may read. "
             f"{_advice(name)}"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diptych.errors import BadInput
 from diptych.models.vision_encoder_decoder import VisionEncoderDecoder
+from diptych.weights.bounded_json import Rejected, read_object
 from diptych.weights.dialects import vision_encoder_decoder as dialect
 from diptych.weights.rename import backwards, reshape
 from diptych.weights.tensors import ITEM_SIZES, SAFETENSORS_NAMES
@@ -26,6 +27,7 @@ __all__ = ["describe_config", "save_captioner"]
 
 _CODES = {name: code for code, name in SAFETENSORS_NAMES.items()}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_MAX_TOKENIZER = 64 << 20
 # What may lie beside a tokenizer and belongs to it.
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -165,8 +167,11 @@ def _tokenizer_config(tokenizer: Path, generation: Mapping[str, Any]) -> str:
     if tokenizer.name != "tokenizer.json":
         return json.dumps({"tokenizer_class": "GPT2Tokenizer"})
     document: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    added = json.loads(tokenizer.read_bytes()).get("added_tokens") or []
-    texts = {token["id"]: token["content"] for token in added}
+    try:
+        added = read_object(tokenizer, _MAX_TOKENIZER).get("added_tokens") or []
+        texts = {token["id"]: token["content"] for token in added}
+    except (Rejected, TypeError, KeyError) as error:
+        raise BadInput(f"{tokenizer} cannot be used: {error}: give another tokenizer.") from error
     for word in ("bos_token", "eos_token", "pad_token"):
         value = generation.get(f"{word}_id")
         value = value[0] if isinstance(value, list) else value
