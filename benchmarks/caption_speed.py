@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import machine, python, record, take_turns, whole_process
 from PIL import Image
 
 from diptych import Captioner
+from harness import machine, python, record, take_turns, whole_process
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -44,7 +44,9 @@ def main() -> None:
         make_models(folder)
         results = speed(folder, options.repeats) + processes(folder)
     for result in results:
-        print("  ".join(f"{k}={v:.3f}" if isinstance(v, float) else str(v) for k, v in result.items()))
+        print(
+            "  ".join(f"{k}={v:.3f}" if isinstance(v, float) else str(v) for k, v in result.items())
+        )
     print(machine())
     if options.record:
         print(record(results, "caption_speed"))
@@ -96,7 +98,9 @@ def speed(folder: Path, repeats: int) -> list[dict[str, Any]]:
         beams = {"num_beams": values["num_beams"], **LENGTH}
         said: dict[str, Any] = {}
 
-        def case(name: str, call: Callable[[], Any], said: dict[str, Any] = said) -> Callable[[], None]:
+        def case(
+            name: str, call: Callable[[], Any], said: dict[str, Any] = said
+        ) -> Callable[[], None]:
             def run() -> None:
                 said[name] = call()
 

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_models import make_captioner, make_photo
 
 import diptych
 from diptych import Captioner
+from tiny_models import make_captioner, make_photo
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_models import make_tokenizer
 
 from diptych.errors import UnsupportedModel
 from diptych.text import END_OF_TEXT, Gpt2Tokenizer
+from tiny_models import make_tokenizer
 
 SENTENCES = [
     "a man riding a wave on top of a surfboard ",

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pictures import Captioned, captioned, clean, plain
-from pretrain import encoder_config, initialise
 from torch import Tensor
 
 from diptych.evaluation.caption_metrics import score_captions
 from diptych.models.gpt2 import Gpt2Config
 from diptych.models.vision_encoder_decoder import VisionEncoderDecoder, VisionEncoderDecoderConfig
 from diptych.text import Gpt2Tokenizer
+from pictures import Captioned, captioned, clean, plain
+from pretrain import encoder_config, initialise
 
 START = 0  # the tokenizer's first token begins, ends and pads a caption
 IGNORED = -100

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pictures import Labelled, plain, tiny_imagenet, views
-from state import Average, Log, decayed, learning_rate, load_state, save_state
 from torch import Tensor, nn
 
 from diptych.models.vit import ViT, ViTConfig
+from pictures import Labelled, plain, tiny_imagenet, views
+from state import Average, Log, decayed, learning_rate, load_state, save_state
 
 
 class Classifier(nn.Module):

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from captioning import (
     IGNORED,
     MAX_LENGTH,
@@ -26,12 +28,10 @@ from captioning import (
     validate,
     word_logits,
 )
-from pictures import views
-from state import Average, Log, decayed, learning_rate, load_state, read_average, save_state
-from torch import Tensor, nn
-
 from diptych.evaluation.caption_metrics import CiderD, tokenize_words
 from diptych.text import Gpt2Tokenizer
+from pictures import views
+from state import Average, Log, decayed, learning_rate, load_state, read_average, save_state
 
 
 def rewards(judge: CiderD, photos: list[int], texts: list[str], each: int) -> Tensor:

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from captioning import START, new_model, read_split
-from pictures import plain
-from state import read_average
 
+from captioning import START, new_model, read_split
 from diptych.runtimes.export import export_captioner
 from diptych.text import Gpt2Tokenizer
 from diptych.weights.save import save_captioner
+from pictures import plain
+from state import read_average
 
 EMBEDDED = Path(__file__).parents[2] / "src" / "diptych" / "weights" / "embedded" / "captioner"
 NAME = "diptych/default-captioner"

@@ -11,10 +11,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from pictures import clean
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from diptych.text import END_OF_TEXT
+from pictures import clean
 
 
 def training_captions(data: Path) -> list[str]:

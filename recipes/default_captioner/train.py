@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from captioning import (
     IGNORED,
     Split,
@@ -26,11 +28,9 @@ from captioning import (
     validate,
     word_states,
 )
+from diptych.text import Gpt2Tokenizer
 from pictures import views
 from state import Average, Log, decayed, learning_rate, load_state, read_average, save_state
-from torch import Tensor, nn
-
-from diptych.text import Gpt2Tokenizer
 
 COMMON = 60  # words so frequent that they say nothing of the picture
 NUM_WORDS = 600

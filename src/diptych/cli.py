@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
 import json
 import sys
 import time
@@ -21,6 +22,7 @@ import typer
 from diptych.errors import BadImage, BadInput, DiptychError
 
 if TYPE_CHECKING:
+    from diptych.evaluation.captions import CaptionReport
     from diptych.image_to_text.caption import Caption
     from diptych.image_to_text.captioner import Captioner
 
@@ -63,8 +65,12 @@ Output = Annotated[Format, typer.Option("--format", "-f", help="How to print the
 
 def main() -> None:
     """Run the command line and leave with its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A file name or caption that the terminal cannot show is shown escaped, not fatal.
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False) or 0)
     except (KeyboardInterrupt, typer.Abort):
         complain("interrupted")
         sys.exit(INTERRUPTED)
@@ -76,8 +82,6 @@ def main() -> None:
         complain(str(error))
         usage = isinstance(error, BadInput) and not isinstance(error, BadImage)
         sys.exit(USAGE if usage else FAILED)
-    except typer.Exit as leave:
-        sys.exit(leave.exit_code)
     except Exception as error:
         # Click's own complaints: an unknown flag, a missing argument.
         if not hasattr(error, "format_message"):
@@ -175,8 +179,10 @@ def caption(
     from diptych.inputs import find_pictures
 
     inputs = find_pictures(paths)
-    if heatmap is not None and len(inputs) != 1:
-        raise BadInput(f"--heatmap draws one picture, and {len(inputs)} were given: give one")
+    if heatmap is not None:
+        if len(inputs) != 1:
+            raise BadInput(f"--heatmap draws one picture, and {len(inputs)} were given: give one")
+        check_writable(heatmap, (".png", ".jpg", ".jpeg", ".webp"))
     captioner = Captioner.load(
         model, runtime=runtime, device=device, dtype=dtype, revision=revision
     )
@@ -268,6 +274,14 @@ def draw_heatmap(caption: Caption, source: Any, path: Path) -> None:
     complain(f"heatmap: {path}")
 
 
+def check_writable(path: Path, suffixes: tuple[str, ...] = ()) -> None:
+    """Raise `BadInput` before the work is done, not after it, for a file that cannot be written."""
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise BadInput(f"{path}: give a name that ends in {' or '.join(suffixes)}")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise BadInput(f"{path}: cannot be written; is it in a folder that exists?")
+
+
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="Name, folder or hub id of a model.")],
@@ -312,7 +326,10 @@ def models(format: Output = Format.text) -> None:
     for each in known:
         size = f"{each.size / 1e6:.0f} MB" if each.size else "?"
         table.add_row(each.name, each.state, size, each.licence, each.source)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # names are for copying: never cut one
+    console.print(table)
 
 
 @evaluate_app.command("captions")
@@ -347,7 +364,10 @@ def evaluate_captions(
     """Score captions against people's: BLEU, ROUGE-L and CIDEr-D, beside blind baselines."""
     from diptych.evaluation.captions import read_captions, read_references, report
 
+    if save_captions is not None:
+        check_writable(save_captions)
     described = read_references(references, images, split)
+    failed = 0
     if captions is not None:
         texts = read_captions(captions, described)
     else:
@@ -356,7 +376,8 @@ def evaluate_captions(
         captioner = Captioner.load(
             model, runtime=runtime, device=device, dtype=dtype, revision=revision
         )
-        texts = caption_texts(captioner, [each.path for each in described], options, batch_size)
+        paths = [each.path for each in described]
+        texts, failed = caption_texts(captioner, paths, options, batch_size)
     if save_captions is not None:
         rows = zip(described, texts, strict=True)
         lines = [json.dumps({"file": str(d.path), "text": text}) + "\n" for d, text in rows]
@@ -364,7 +385,14 @@ def evaluate_captions(
     found = report(texts, [each.captions for each in described])
     if format is not Format.text:
         print(json.dumps(found.as_dict(), indent=2 if format is Format.json else None))
-        return
+    else:
+        print_report(found)
+    if failed:
+        raise typer.Exit(SOME_FAILED)
+
+
+def print_report(found: CaptionReport) -> None:
+    """Print the scores as a table, blind baselines below them."""
     from rich.console import Console
     from rich.table import Table
 
@@ -380,25 +408,31 @@ def evaluate_captions(
     Console(width=160).print(table)
     low, high = found.cider_d_interval
     print(
-        f"{len(texts)} pictures, {found.num_different} different captions; "
+        f"{found.scores.num_images} pictures, {found.num_different} different captions; "
         f"CIDEr-D {found.scores.cider_d:.4f}, 95 % interval {low:.4f} to {high:.4f}"
     )
 
 
 def caption_texts(
     captioner: Captioner, paths: list[Path], options: Any, batch_size: int
-) -> list[str]:
-    """Caption every picture; one that cannot be read counts as an empty caption, and is told."""
-    texts = []
+) -> tuple[list[str], int]:
+    """Return every picture's caption, empty where it cannot be read, and how many could not.
+
+    Raises `BadInput` where none can be read.
+    """
+    texts, failed = [], 0
     with progress("captioning", len(paths)) as advance:
         for path, result in zip(
             paths, captioner.captions(paths, options, batch_size=batch_size), strict=True
         ):
             if result.error is not None:
+                failed += 1
                 complain(f"{path}: {result.error.reason}")
             texts.append(result.text)
             advance()
-    return texts
+    if failed == len(paths):
+        raise BadInput("not one of the pictures can be read: give their folder with --images")
+    return texts, failed
 
 
 class progress:

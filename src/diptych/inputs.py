@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,13 @@ __all__ = ["PICTURE_SUFFIXES", "Picture", "find_pictures"]
 
 # What a folder is searched for; a file that is named is read whatever it is called.
 PICTURE_SUFFIXES = frozenset(
-    (".avif", ".bmp", ".gif", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png")
-    + (".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp")
+    f".{suffix}"
+    for suffix in (
+        *("avif", "bmp", "gif", "ico", "jfif", "jp2", "jpe", "jpeg", "jpg", "pgm", "png"),
+        *("pnm", "ppm", "qoi", "tga", "tif", "tiff", "webp"),
+    )
 )
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,21 +36,31 @@ def find_pictures(paths: Sequence[str]) -> list[Picture]:
     """Return the pictures that `paths` name, folders with all below them, sorted by name.
 
     A missing file stays in the list: reading it tells what is wrong with it, and the others go on.
-    Raises `BadInput` for a folder or pattern without pictures.
+    Raises `BadInput` for a folder or pattern without pictures, if it is all there is.
     """
     if not paths:
         raise BadInput("no pictures given: name files, folders or globs, or - for standard input")
-    found = [picture for path in paths for picture in _expand(path)]
-    # The same file twice (`*.jpg photo.jpg`) is captioned once.
-    return list({picture.name: picture for picture in found}.values())
+    found: dict[str, Picture] = {}
+    for path in dict.fromkeys(paths):
+        try:
+            for picture in _expand(path):
+                # The same file twice (`*.jpg photo.jpg`) is captioned once.
+                found.setdefault(picture.name, picture)
+        except BadInput:
+            if len(paths) == 1:
+                raise
+            found[path] = Picture(path, Path(path))
+    return list(found.values())
 
 
 def _expand(path: str) -> Iterator[Picture]:
+    if not path:
+        raise BadInput("an empty name is no picture: is a variable of the shell empty?")
     if path == "-":
         if sys.stdin is None or sys.stdin.isatty():
             raise BadInput("- reads a picture from standard input: pipe one in")
         yield Picture("<stdin>", sys.stdin.buffer.read())
-    elif path.startswith(("http://", "https://", "data:")):
+    elif _ADDRESS.match(path):
         yield Picture(path if len(path) < 200 else path[:60] + "…", path)
     elif Path(path).is_dir():
         yield from _in_folder(Path(path))
@@ -53,10 +68,12 @@ def _expand(path: str) -> Iterator[Picture]:
         matches = sorted(glob.glob(path, recursive=True))  # noqa: PTH207 (also absolute patterns)
         if not matches:
             raise BadInput(f"{path}: no file matches this pattern")
-        for match in matches:
-            if Path(match).is_dir():
+        # Links can lead `**` in circles: every file is taken once.
+        once = {Path(match).resolve(): match for match in reversed(matches)}
+        for match in sorted(once.values()):
+            if Path(match).is_dir() and "**" not in path:
                 yield from _in_folder(Path(match))
-            else:
+            elif not Path(match).is_dir():
                 yield Picture(match, Path(match))
     else:
         yield Picture(path, Path(path))

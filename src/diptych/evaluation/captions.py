@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -78,21 +79,32 @@ def read_references(path: Path, images: Path | None = None, split: str = "") -> 
 def read_captions(path: Path, described: Sequence[Described]) -> list[str]:
     """Read the captions to be judged, one a picture, as `diptych caption --format jsonl` writes.
 
-    Rows are matched by `file`; the order does not matter. Raises `BadInput` where one is missing.
+    Rows are matched by `file`, the whole path or its last parts; the order does not matter.
+    Raises `BadInput` where one is missing, or two fit.
     """
-    found: dict[str, str] = {}
+    found: dict[str, dict[str, str]] = {}  # last part of the path → whole path → caption
     for number, row in _json_lines(path):
         name, text = row.get("file"), row.get("text", "" if "error" in row else None)
         if not isinstance(name, str) or not isinstance(text, str):
             raise BadInput(f"{path}, line {number}: needs 'file' and 'text'")
-        found[name] = found[Path(name).name] = text
-    captions = []
-    for each in described:
-        text = found.get(str(each.path), found.get(each.path.name))
-        if text is None:
-            raise BadInput(f"{path}: has no caption for {each.path.name}")
-        captions.append(text)
-    return captions
+        found.setdefault(Path(name).name, {})[name] = text
+    return [_caption_of(each.path, found.get(each.path.name, {}), path) for each in described]
+
+
+def _caption_of(picture: Path, found: dict[str, str], path: Path) -> str:
+    """Return the caption whose path shares the most last parts with the picture's."""
+    shared: dict[int, list[str]] = {}
+    for name, text in found.items():
+        pairs = zip(reversed(picture.parts), reversed(Path(name).parts), strict=False)
+        count = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        # All of the shorter path has to fit: `a/1.jpg` says nothing of `b/1.jpg`.
+        if count == min(len(picture.parts), len(Path(name).parts)):
+            shared.setdefault(count, []).append(text)
+    best = shared[max(shared)] if shared else []
+    if len(best) != 1:
+        number = "no caption" if not best else f"{len(best)} captions"
+        raise BadInput(f"{path}: has {number} for {picture}")
+    return best[0]
 
 
 def report(
@@ -137,7 +149,7 @@ def _best_constant(
 
 def _json_lines(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: cannot be read as text ({error})") from error
     for number, line in enumerate(lines, 1):

@@ -71,6 +71,8 @@ class Caption:
             "token_ids": list(self.token_ids),
             "token_logprobs": list(self.token_logprobs),
         }
+        if self.options is not None and self.options.seed is not None:
+            record["seed"] = self.options.seed
         if self.alternatives:
             record["alternatives"] = [other.as_dict() for other in self.alternatives]
         return record

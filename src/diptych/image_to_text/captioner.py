@@ -62,6 +62,8 @@ class Captioner:
         bfloat16 or float16. Raises `UnknownModel`, `UnsupportedModel`, `WeightsMismatch`,
         `MissingExtra`, or `BadInput` for a combination that cannot be.
         """
+        if not isinstance(name_or_path, str | Path):
+            raise BadInput(f"a model is given by name or folder, not as {name_or_path!r}")
         model = resolve(name_or_path, revision=revision)
         return cls.from_model(model, runtime=runtime, device=device, dtype=dtype)
 
@@ -165,7 +167,7 @@ class Captioner:
             raise BadInput(f"on_error is {on_error!r}: give 'keep' or 'raise'")
         resolved = self._resolve(options, overrides)
         self._search_options(resolved)  # a wrong length is told before any picture is read
-        reading = Reading(alpha, limits or ImageLimits(), bool(allow_urls))
+        reading = _reading(alpha, limits, allow_urls)
         return self._caption_all(iter(images), resolved, batch_size, on_error, reading)
 
     def stream(
@@ -190,7 +192,7 @@ class Captioner:
                 "can be streamed: give num_return_sequences=1"
             )
         search_options, prompt = self._search_options(resolved)
-        reading = Reading(alpha, limits or ImageLimits(), bool(allow_urls))
+        reading = _reading(alpha, limits, allow_urls)
         pixels = self._pixels(image, reading)
         return self._stream(pixels, resolved, search_options, prompt)
 
@@ -247,6 +249,10 @@ class Captioner:
     def _resolve(
         self, options: CaptionOptions | None, overrides: Mapping[str, Any]
     ) -> CaptionOptions:
+        if not isinstance(options, CaptionOptions | None):
+            raise BadInput(
+                f"options is {options!r}: give CaptionOptions(…), or its words by keyword"
+            )
         asked = (options or CaptionOptions()).replace(**overrides)
         return asked.resolve(self.model.generation)
 
@@ -395,9 +401,11 @@ class Captioner:
     def _tokens_of(self, caption: Caption, written: list[int], word: str | int | None) -> list[int]:
         text = self.tokenizer.decode(written)
         matches = list(WORD.finditer(text))
-        if isinstance(word, int):
+        if isinstance(word, int | np.integer) and not isinstance(word, bool):
             matches = matches[word : word + 1] if 0 <= word < len(matches) else []
         elif word is not None:
+            if not isinstance(word, str):
+                raise BadInput(f"a word is given as a text or its number, not as {word!r}")
             matches = [m for m in matches if m.group().casefold() == word.casefold()][:1]
         tokens = [
             index
@@ -477,9 +485,19 @@ class _Step:
 def _is_single(images: object) -> bool:
     if isinstance(images, np.ndarray):
         return images.ndim < 4  # a fourth axis is a batch
-    if isinstance(images, str | bytes | bytearray | Path | Image.Image) or hasattr(images, "read"):
+    if isinstance(images, Mapping):
+        raise BadInput("a dictionary is no list of pictures: give its values")
+    if isinstance(images, str | bytes | bytearray | memoryview | Path | Image.Image):
+        return True
+    if hasattr(images, "read"):
         return True
     return hasattr(images, "__fspath__") or not isinstance(images, Iterable)
+
+
+def _reading(alpha: Alpha, limits: ImageLimits | None, allow_urls: bool) -> Reading:
+    if not isinstance(limits, ImageLimits | None):
+        raise BadInput(f"limits is {limits!r}: give ImageLimits(…)")
+    return Reading(alpha, limits or ImageLimits(), bool(allow_urls))
 
 
 def _take(images: Iterator[ImageInput], count: int) -> list[ImageInput]:

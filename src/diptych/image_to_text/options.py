@@ -252,6 +252,11 @@ class CaptionOptions:
         if resolved["max_new_tokens"] is not None:
             values["max_length"] = prompt_length + resolved["max_new_tokens"]
         longest = values["max_length"]
+        if max_positions is not None and prompt_length > max_positions:
+            raise BadInput(
+                f"start token and prompt take {prompt_length} tokens, but the decoder holds "
+                f"{max_positions}: give a shorter prompt."
+            )
         if longest <= prompt_length:
             raise BadInput(
                 f"max_length is {longest}, but start token and prompt already take {prompt_length} "

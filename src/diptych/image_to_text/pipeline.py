@@ -166,7 +166,7 @@ def _answer(caption: Caption) -> Answer:
 
 
 def _is_one(inputs: object) -> bool:
-    return isinstance(inputs, str | os.PathLike | Image.Image)
+    return isinstance(inputs, str | os.PathLike | Image.Image | Mapping)
 
 
 def _source(image: object) -> Any:

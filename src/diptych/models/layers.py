@@ -50,6 +50,6 @@ def attention(
 
 
 def causal_mask(new: int, total: int, device: torch.device) -> Tensor:
-    """Return [new, total]: the last `new` of `total` positions see themselves and what is before."""
+    """Return [new, total]: the last `new` of `total` positions see all up to themselves."""
     positions = torch.arange(total, device=device)
     return positions[None, :] <= positions[total - new :, None]
