@@ -140,11 +140,12 @@ def test_heatmap_is_a_picture(model: Path, photos: Path, tmp_path: Path) -> None
 def test_interruption_keeps_what_was_printed(model: Path, photos: Path, tmp_path: Path) -> None:
     for index in range(3000):
         (tmp_path / f"{index:04}.png").write_bytes((photos / "a.png").read_bytes())
-    process = subprocess.Popen(
-        [sys.executable, "-m", "diptych", "caption", str(tmp_path), "-m", str(model), "-f", "json"],
-        stdout=(tmp_path / "out.json").open("wb"),
-        stderr=subprocess.PIPE,
-    )
+    with (tmp_path / "out.json").open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "diptych", "caption", tmp_path, "-m", model, "-f", "json"],
+            stdout=output,
+            stderr=subprocess.PIPE,
+        )
     deadline = time.monotonic() + 60
     while (tmp_path / "out.json").stat().st_size < 2000 and time.monotonic() < deadline:
         time.sleep(0.05)

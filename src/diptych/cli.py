@@ -70,7 +70,10 @@ def main() -> None:
             # A file name or caption that the terminal cannot show is shown escaped, not fatal.
             stream.reconfigure(errors="backslashreplace")
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
+        if code == INTERRUPTED:
+            complain("interrupted")
+        sys.exit(code)
     except (KeyboardInterrupt, typer.Abort):
         complain("interrupted")
         sys.exit(INTERRUPTED)

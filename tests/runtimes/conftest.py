@@ -70,7 +70,7 @@ def make_module(variant: str = "cross-attention", seed: int = 0) -> VisionEncode
         ),
         bridge,
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + 100)
     module = VisionEncoderDecoder(config).eval()
     for name, tensor in module.state_dict().items():
         if not tensor.is_floating_point():
@@ -79,7 +79,8 @@ def make_module(variant: str = "cross-attention", seed: int = 0) -> VisionEncode
             torch.nn.init.uniform_(tensor, 0.5, 2)
         elif tensor.dim() > 1:
             # What attention adds must outweigh the word itself, or a tied head repeats it for ever.
-            torch.nn.init.normal_(tensor, std=0.8 if "c_proj" in name else 0.3)
+            small, large = "wte" in name, "c_proj" in name
+            torch.nn.init.normal_(tensor, std=0.1 if small else 0.8 if large else 0.3)
         elif "norm" in name or "ln_" in name:
             torch.nn.init.normal_(tensor, 1.0, 0.2)
         else:

@@ -52,7 +52,7 @@ def test_words_stay_close(variant: str, artifacts: Make) -> None:
     folder = artifacts(variant)
     report = json.loads((folder / "int8" / "quantize.json").read_text())["int8"]
     assert report["tokens"]["images"] == 8
-    assert report["tokens"]["agreeing"] > 0.4 * report["tokens"]["tokens"]
+    assert report["tokens"]["agreeing"] > 0.3 * report["tokens"]["tokens"]
     for network in ("encoder", "decoder"):
         entry = report["networks"][network]
         assert entry["bytes"] < entry["bytes_before"]

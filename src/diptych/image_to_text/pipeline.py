@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import GeneratorType
 from typing import Any
@@ -166,7 +166,8 @@ def _answer(caption: Caption) -> Answer:
 
 
 def _is_one(inputs: object) -> bool:
-    return isinstance(inputs, str | os.PathLike | Image.Image | Mapping)
+    known = isinstance(inputs, str | os.PathLike | Image.Image | Mapping)
+    return known or not isinstance(inputs, Iterable)
 
 
 def _source(image: object) -> Any:
@@ -180,7 +181,9 @@ def _source(image: object) -> Any:
             "Incorrect format used for image. Should be an url linking to an image, a base64 "
             f"string, a local path, or a PIL image. Got {type(image).__name__}"
         )
-    if image.startswith(("http://", "https://", "data:")) or Path(image).is_file():
+    if image.startswith(("http://", "https://", "data:")):
+        return image
+    if os.path.isfile(image):  # noqa: PTH113 (Path.is_file raises for a long base64 string)
         return image
     try:
         return base64.b64decode(image, validate=True)
