@@ -31,9 +31,7 @@ NAME = "diptych/default-captioner"
 def main(config: dict[str, Any], folder: Path) -> None:
     output = Path(config["output"])
     model = new_model(config).eval()
-    # Stage 4 writes a file only when it beats stage 3 on the validation photos.
-    refined = output / "refined.safetensors"
-    state = refined if refined.exists() else output / "best.safetensors"
+    state = output / f"{config['ship']['weights']}.safetensors"
     weights = {k.removeprefix("model."): v for k, v in read_average(state).items()}
     weights = {k: v for k, v in weights.items() if not k.startswith("words.")}
     # What is shipped in fp16 is what is exported: both runtimes then start from equal numbers.

@@ -139,12 +139,17 @@ def artifacts(
     home, done = tmp_path_factory.mktemp("artifacts"), set()
 
     def find(variant: str) -> Path:
-        from diptych.runtimes.quantize import quantize_captioner
+        from diptych.runtimes import quantize
 
         folder = home / variant
         if variant not in done:
             export(make_module(variant), folder / "fp32")
-            quantize_captioner(folder / "fp32", folder / "int8", images=make_pictures(8))
+            with pytest.MonkeyPatch.context() as patch:
+                # As for a vocabulary of full size; a tiny one would stay in half precision.
+                patch.setattr(quantize, "_FEW_WORDS", 0)
+                quantize.quantize_captioner(
+                    folder / "fp32", folder / "int8", images=make_pictures(8)
+                )
             done.add(variant)
         return folder
 

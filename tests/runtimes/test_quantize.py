@@ -12,6 +12,7 @@ import onnx
 import pytest
 
 from diptych.errors import BadInput, UnsupportedModel
+from diptych.runtimes import quantize
 from diptych.runtimes.agreement import greedy_tokens
 from diptych.runtimes.graph import Graph, read_network
 from diptych.runtimes.network import open_networks
@@ -75,6 +76,17 @@ def test_only_convolutions_and_norms_stay_float(artifacts: Make) -> None:
             assert all(np.prod(shape) < 4096 for shape in floats if shape not in scales)
 
 
+def test_few_words_stay_in_half_precision(artifacts: Make, tmp_path: Path) -> None:
+    source = artifacts("prefix") / "fp32" / "decoder.onnx"
+    quantize_network(source, tmp_path / "decoder.onnx")
+    _, weights = read_network(tmp_path / "decoder.onnx")
+    words, head = (weights[f"decoder.{name}.weight.half"] for name in ("wte", "head"))
+    assert words is head
+    assert (words.dtype, words.shape) == (np.float16, (400, 32))
+    assert "decoder.wte.weight.int8" not in weights
+    Session(tmp_path / "decoder.onnx", "input_ids", keep_memory=True)
+
+
 def write_product(path: Path, kernel: np.ndarray, op: str) -> None:
     graph = Graph("product")
     graph.input("rows", "FLOAT", ["N", kernel.shape[0 if op == "MatMul" else 1]])
@@ -86,7 +98,10 @@ def write_product(path: Path, kernel: np.ndarray, op: str) -> None:
 
 @pytest.mark.parametrize("op", ["MatMul", "Gemm"])
 @pytest.mark.parametrize("shape", [(64, 50), (130, 33), (20, 300), (768, 96)])
-def test_products_are_close(op: str, shape: tuple[int, int], tmp_path: Path) -> None:
+def test_products_are_close(
+    op: str, shape: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "_FEW_WORDS", 0)
     random = np.random.default_rng(0)
     inner, outer = shape
     kernel = random.standard_normal(shape if op == "MatMul" else shape[::-1]).astype(np.float32)
