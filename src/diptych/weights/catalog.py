@@ -150,7 +150,7 @@ def _embedded() -> Iterator[ModelInfo]:
             name=DEFAULT,
             state="embedded",
             size=_size(EMBEDDED),
-            licence="apache-2.0",
+            licence="apache-2.0, trained on research-only photos",
             source="recipes/default_captioner",
             task=_TASK,
             revision=None,
