@@ -140,9 +140,11 @@ def test_heatmap_is_a_picture(model: Path, photos: Path, tmp_path: Path) -> None
 def test_interruption_keeps_what_was_printed(model: Path, photos: Path, tmp_path: Path) -> None:
     for index in range(3000):
         (tmp_path / f"{index:04}.png").write_bytes((photos / "a.png").read_bytes())
+    command = [sys.executable, "-m", "diptych", "caption", tmp_path, "-m", model, "-f", "json"]
     with (tmp_path / "out.json").open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "diptych", "caption", tmp_path, "-m", model, "-f", "json"],
+            # Beams and length make the work slow enough to be interrupted on any machine.
+            [*command, "--num-beams", "5", "--max-length", "60", "--min-length", "60"],
             stdout=output,
             stderr=subprocess.PIPE,
         )

@@ -208,6 +208,21 @@ def test_folder_of_both(artifact: Path, checkpoint: Path, edit: Edit) -> None:
         describe(artifact)
 
 
+def test_changed_weights_of_a_graph_are_found(artifact: Path, edit: Edit) -> None:
+    data = artifact / "decoder.onnx.data"
+    data.write_bytes(b"numbers")
+    digest = hashlib.sha256(b"numbers").hexdigest()
+    entry = {"file": data.name, "sha256": digest}
+    edit(artifact / "artifact.json", {"networks.decoder.data": entry})
+    verify(describe(artifact))
+    data.write_bytes(b"others")
+    with pytest.raises(WeightsMismatch, match=r"decoder\.onnx\.data is not the file"):
+        verify(describe(artifact))
+    data.unlink()
+    with pytest.raises(WeightsMismatch, match=r"decoder\.onnx\.data is missing"):
+        describe(artifact)
+
+
 def test_changed_graph_is_found(artifact: Path) -> None:
     (artifact / "decoder.onnx").write_bytes(b"evil")
     model = describe(artifact)

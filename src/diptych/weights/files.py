@@ -80,15 +80,17 @@ def verify(model: ModelFolder) -> None:
     if not model.networks:
         return
     stated = _object(_read(model.path, "artifact.json"), "networks")
-    for network, path in model.networks.items():
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if not hmac.compare_digest(found, stated[network]["sha256"]):
-            raise WeightsMismatch(
-                f"{model.name}: {path.name} is not the file that artifact.json describes: its "
-                f"sha256 is {found[:12]}…, not {stated[network]['sha256'][:12]}…: "
-                "export or fetch the model anew."
-            )
+    for network in model.networks:
+        for entry in _entries(stated[network]):
+            path = model.path / entry["file"]
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if not hmac.compare_digest(found, entry["sha256"]):
+                raise WeightsMismatch(
+                    f"{model.name}: {path.name} is not the file that artifact.json describes: its "
+                    f"sha256 is {found[:12]}…, not {entry['sha256'][:12]}…: "
+                    "export or fetch the model anew."
+                )
 
 
 def read_checkpoint(paths: Sequence[Path]) -> dict[str, StoredTensor]:
@@ -193,17 +195,29 @@ def _networks(folder: Path, entries: Mapping[str, Any]) -> dict[str, Path]:
         raise UnsupportedModel(f"artifact.json does not name {' and '.join(sorted(_NETWORKS))}")
     found = {}
     for network, entry in sorted(entries.items()):
-        file = entry.get("file") if isinstance(entry, dict) else None
-        digest = entry.get("sha256") if isinstance(entry, dict) else None
-        if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
-            raise UnsupportedModel(f"artifact.json states no sha256 of the {network}")
-        path = _beside(folder, file, "artifact.json")
-        if not path.is_file():
-            raise WeightsMismatch(f"{path.name} is missing: {FETCH_ANEW}.")
-        if not _is_inside(path, folder):
-            raise UnsupportedModel(f"{path.name} is a link to somewhere outside the folder")
-        found[network] = path
+        paths = [_stated_file(folder, network, each) for each in _entries(entry)]
+        found[network] = paths[0]
     return found
+
+
+def _entries(entry: Any) -> list[Any]:
+    """Return the entries of a network's graph and, where it lies apart, of its weights."""
+    data = entry.get("data") if isinstance(entry, dict) else None
+    return [entry] if data is None else [entry, data]
+
+
+def _stated_file(folder: Path, network: str, entry: Any) -> Path:
+    """Return a file of a network, there and with a hash to hold it against."""
+    file = entry.get("file") if isinstance(entry, dict) else None
+    digest = entry.get("sha256") if isinstance(entry, dict) else None
+    if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise UnsupportedModel(f"artifact.json states no sha256 of the {network}")
+    path = _beside(folder, file, "artifact.json")
+    if not path.is_file():
+        raise WeightsMismatch(f"{path.name} is missing: {FETCH_ANEW}.")
+    if not _is_inside(path, folder):
+        raise UnsupportedModel(f"{path.name} is a link to somewhere outside the folder")
+    return path
 
 
 def _check_same(artifact: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:

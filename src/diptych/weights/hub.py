@@ -48,7 +48,7 @@ _WEIGHTS = (
     re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"),
     re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin|pytorch_model\.bin\.index\.json"),
 )
-_NETWORKS = re.compile(r"[A-Za-z0-9_-]+\.onnx")
+_NETWORKS = re.compile(r"[A-Za-z0-9_-]+\.onnx(\.data)?")  # the graph, and its weights
 
 
 def resolve(
