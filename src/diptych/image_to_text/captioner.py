@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, cast, overload
@@ -64,7 +65,8 @@ class Captioner:
         """
         if not isinstance(name_or_path, str | Path):
             raise BadInput(f"a model is given by name or folder, not as {name_or_path!r}")
-        model = resolve(name_or_path, revision=revision)
+        seen = sys.stderr is not None and sys.stderr.isatty()
+        model = resolve(name_or_path, revision=revision, progress=seen)
         return cls.from_model(model, runtime=runtime, device=device, dtype=dtype)
 
     @classmethod

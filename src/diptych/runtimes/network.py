@@ -160,7 +160,7 @@ def _choose(model: ModelFolder, runtime: str, device: str, dtype: str) -> tuple[
         raise BadInput(f"{model.name} cannot run in onnxruntime: {against}")
     if runtime == "torch" or against:
         if not model.weights:
-            why = against or "it holds ONNX networks only: give runtime='onnxruntime'"
+            why = against or "it holds ONNX networks only: load it with runtime='onnxruntime'"
             raise BadInput(f"{model.name} has no PyTorch weights, and {why}")
         return "torch", "it was asked for" if runtime == "torch" else against.partition(":")[0]
     return "onnxruntime", "it was asked for" if runtime != "auto" else "the model has ONNX networks"
