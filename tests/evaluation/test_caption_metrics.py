@@ -31,7 +31,6 @@ from diptych.evaluation.caption_metrics import (
     tokenize_words,
 )
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
 TOLERANCE = 1e-6
 
 Sentences = list[str]
@@ -146,10 +145,8 @@ FLICKR8K_SCALE = {
 
 
 @pytest.fixture(scope="module")
-def flickr8k_test() -> Groups:
-    archive = DATA / "flickr8k_224.tar"
-    if not archive.exists():
-        pytest.skip(f"{archive} is not here; only the development machines have it")
+def flickr8k_test(shared_data: Path) -> Groups:
+    archive = shared_data / "flickr8k_224.tar"
     with tarfile.open(archive) as tar:
         first = tar.next()
         table = first and tar.extractfile(first)
