@@ -300,14 +300,12 @@ def export(
     revision: Revision = None,
 ) -> None:
     """Write a model as ONNX files that run without torch, and compare both word by word."""
-    from diptych.image_to_text.captioner import Captioner
+    from diptych.image_to_text.captioner import export as export_model
     from diptych.inputs import find_pictures
-    from diptych.runtimes.network import require_torch
 
-    require_torch("exporting a model", "export")
     sources = [each.source for each in find_pictures(images)] if images else None
-    captioner = Captioner.load(model, runtime="torch", revision=revision)
-    print(json.dumps(captioner.export(folder, quantize=quantize, images=sources), indent=2))
+    found = export_model(model, folder, quantize=quantize, images=sources, revision=revision)
+    print(json.dumps(found, indent=2))
     complain(f"written to {folder}")
 
 

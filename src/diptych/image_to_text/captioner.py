@@ -226,25 +226,7 @@ class Captioner:
         `quantize` is None or "int8". `images` are pictures to compare on; without them seeded
         ones are made. Returns the content of `export.json`. Needs the export extra.
         """
-        from diptych.runtimes.network import require_torch
-
-        require_torch("exporting a model", "export")
-        from diptych.runtimes.export import export_captioner
-        from diptych.weights.load import load_captioner
-
-        pixels = None
-        if images is not None:
-            pixels = [preprocess(image, self.preprocessing) for image in images]
-        return export_captioner(
-            load_captioner(self.model),
-            Path(folder),
-            preprocessing=self.preprocessing.to_config(),
-            generation=self.model.generation,
-            tokenizer=self.model.tokenizer,
-            source={"name": self.model.name, "revision": self.model.revision},
-            images=pixels,
-            quantize=quantize,
-        )
+        return _export(self.model, folder, quantize, images)
 
     # Hops of a caption ------------------------------------------------------------------------
 
@@ -434,15 +416,39 @@ def export(
     folder: str | Path,
     *,
     quantize: str | None = None,
+    images: Sequence[ImageInput] | None = None,
     revision: str | None = None,
 ) -> dict[str, Any]:
     """Export a captioner as ONNX graphs; see `Captioner.export`. Needs the export extra."""
+    return _export(resolve(model, revision=revision), folder, quantize, images)
+
+
+def _export(
+    model: ModelFolder,
+    folder: str | Path,
+    quantize: str | None,
+    images: Sequence[ImageInput] | None,
+) -> dict[str, Any]:
     from diptych.runtimes.network import require_torch
 
     require_torch("exporting a model", "export")
-    # The published weights are what is exported, not an artifact that lies beside them.
-    captioner = Captioner.load(model, runtime="torch", revision=revision)
-    return captioner.export(folder, quantize=quantize)
+    from diptych.runtimes.export import export_captioner
+    from diptych.weights.load import load_captioner
+
+    preprocessing = Preprocessing.from_config(model.preprocessing)
+    pixels = None
+    if images is not None:
+        pixels = [preprocess(image, preprocessing) for image in images]
+    return export_captioner(
+        load_captioner(model),
+        Path(folder),
+        preprocessing=preprocessing.to_config(),
+        generation=model.generation,
+        tokenizer=model.tokenizer,
+        source={"name": model.name, "revision": model.revision},
+        images=pixels,
+        quantize=quantize,
+    )
 
 
 _BRIDGED = {"cross-attention": "cross_key_values", "prefix": "prefix_embeds"}
