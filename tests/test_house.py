@@ -48,9 +48,13 @@ LEAVES = {
 TORCH_LINE = (
     "models",
     "weights.load",
+    "weights.load_generator",
     "weights.save",
+    "weights.save_generator",
     "runtimes.on_torch",
+    "runtimes.on_torch_generator",
     "runtimes.export",
+    "runtimes.export_generator",
     "training",
 )
 # onnx comes with the export extra, and onnxruntime's quantizer imports it.

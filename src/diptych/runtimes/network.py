@@ -6,12 +6,18 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diptych.errors import BadInput, MissingExtra
 from diptych.weights.files import ModelFolder
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from diptych.weights.diffusion import GeneratorFolder
 
 __all__ = [
     "DTYPES",
@@ -21,6 +27,7 @@ __all__ = [
     "OpenNetworks",
     "check_wanted",
     "gather_rows",
+    "open_generator_networks",
     "open_networks",
     "require_torch",
 ]
@@ -55,12 +62,17 @@ class Network(Protocol):
         """Return the outputs named in `wanted`; None is all but `image_attention`.
 
         `logits` and `image_attention` are NumPy float32; caches stay where the runtime keeps them.
+        What the networks of a generator give is float32 and of their runtime's kind.
         """
         ...
 
 
 class OpenNetworks(dict[str, Network]):
-    """Hold the networks of a model by name, where they run, and why there."""
+    """Hold the networks of a model by name, where they run, and why there.
+
+    `modules` are the PyTorch modules behind the networks of a generator, for those who change
+    weights; None in another runtime.
+    """
 
     def __init__(
         self,
@@ -70,12 +82,34 @@ class OpenNetworks(dict[str, Network]):
         device: str,
         dtype: str,
         reason: str,
+        modules: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__(networks)
         self.runtime = runtime
         self.device = device
         self.dtype = dtype
         self.reason = reason
+        self.modules = modules
+
+    def array(self, values: Any) -> Array:
+        """Return `values` as the runtime's kind of array, where the networks want it.
+
+        Floats become float32, whatever the networks compute in; whole numbers int64.
+        """
+        plain = np.asarray(values)
+        plain = plain.astype(np.float32 if plain.dtype.kind == "f" else np.int64, copy=False)
+        if self.runtime != "torch":
+            return plain
+        import torch
+
+        return torch.tensor(plain, device=self.device)
+
+    def numpy(self, array: Array) -> NDArray[np.float32]:
+        """Return what a network gave as NumPy float32."""
+        if isinstance(array, np.ndarray):
+            return array.astype(np.float32, copy=False)
+        plain: NDArray[np.float32] = array.float().cpu().numpy()
+        return plain
 
 
 def open_networks(
@@ -99,8 +133,43 @@ def open_networks(
         from diptych.runtimes.on_torch import open_checkpoint
 
         networks, device, dtype = open_checkpoint(model, device, dtype)
-    logger.info("%s runs in %s on %s as %s: %s", model.name, chosen, device, dtype, reason)
+    _tell(model, chosen, device, dtype, reason)
     return OpenNetworks(networks, runtime=chosen, device=device, dtype=dtype, reason=reason)
+
+
+def open_generator_networks(
+    model: GeneratorFolder,
+    runtime: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    offload: bool | None = None,
+) -> OpenNetworks:
+    """Open `text_encoder`, `text_encoder_2` (SDXL), `unet`, `vae_encoder` and `vae_decoder`.
+
+    The runtime is chosen as by `open_networks`. With `offload` each network is on the GPU for its
+    turn only; None does so where the GPU has too little free memory for all.
+    """
+    _check(runtime, device, dtype)
+    chosen, reason = _choose(model, runtime, device, dtype)
+    if chosen == "onnxruntime":
+        from diptych.runtimes.on_onnxruntime import open_generator_artifact
+
+        device, dtype = "cpu", {"fp32": "float32"}.get(model.precision or "", model.precision or "")
+        opened = OpenNetworks(
+            open_generator_artifact(model),
+            runtime=chosen,
+            device=device,
+            dtype=dtype,
+            reason=reason,
+        )
+    else:
+        require_torch("running a PyTorch checkpoint")
+        from diptych.runtimes.on_torch_generator import open_generator_checkpoint
+
+        opened = open_generator_checkpoint(model, device, dtype, offload=offload, reason=reason)
+    _tell(model, opened.runtime, opened.device, opened.dtype, opened.reason)
+    return opened
 
 
 def require_torch(purpose: str, extra: str = "torch") -> None:
@@ -144,7 +213,15 @@ def _check(runtime: str, device: str, dtype: str) -> None:
         raise BadInput(f"device is {device!r}: give auto, cpu, cuda, cuda:1 (any number) or mps")
 
 
-def _choose(model: ModelFolder, runtime: str, device: str, dtype: str) -> tuple[str, str]:
+def _tell(
+    model: ModelFolder | GeneratorFolder, runtime: str, device: str, dtype: str, reason: str
+) -> None:
+    logger.info("%s runs in %s on %s as %s: %s", model.name, runtime, device, dtype, reason)
+
+
+def _choose(
+    model: ModelFolder | GeneratorFolder, runtime: str, device: str, dtype: str
+) -> tuple[str, str]:
     """Return the runtime and the reason for it."""
     against = ""  # what speaks against onnxruntime
     if not model.networks:

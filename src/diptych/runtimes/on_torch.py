@@ -24,7 +24,7 @@ def open_checkpoint(
     model: ModelFolder, device: str, dtype: str
 ) -> tuple[dict[str, Network], str, str]:
     """Load `model`; return its networks, the device and the dtype they ended up with."""
-    chosen = _best_device() if device == "auto" else device
+    chosen = best_device() if device == "auto" else device
     precision = None if dtype == "auto" else dtype
     module = faster(load_captioner(model, device=chosen, dtype=precision))
     found = next(module.parameters()).dtype
@@ -96,7 +96,7 @@ def faster(module: VisionEncoderDecoder) -> VisionEncoderDecoder:
     not Intel's unused; oneDNN, which torch brings too, does not.
     """
     weight = module.decoder.wte.weight
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not _has_onednn():
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not has_onednn():
         return module
     fast = twin(module)
     for parent in [*fast.modules()]:
@@ -131,7 +131,7 @@ def _multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product
 
 
-def _has_onednn() -> bool:
+def has_onednn() -> bool:
     """Tell whether the operator, which torch keeps to itself, is there and right."""
     hidden, weight, bias = torch.ones(2, 3), torch.arange(12.0).reshape(4, 3), torch.ones(4)
     try:
@@ -141,7 +141,7 @@ def _has_onednn() -> bool:
     return bool(torch.allclose(found, F.linear(hidden, weight, bias)))
 
 
-def _best_device() -> str:
+def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

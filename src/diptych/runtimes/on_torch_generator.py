@@ -1,0 +1,247 @@
+"""Run the PyTorch modules of a generator as networks.
+
+They take arrays or tensors of any kind and give float32 tensors on the device they run on, so that
+what stands between them (sampler, guidance) is computed in float32. Numbers that float16 would
+round, as timesteps are, reach the modules in float32.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from diptych.models import clip_text, unet, vae
+from diptych.runtimes.network import OpenNetworks, check_wanted
+from diptych.runtimes.on_torch import OneDnnLinear, best_device, has_onednn
+
+if TYPE_CHECKING:
+    from diptych.weights.diffusion import GeneratorFolder
+
+__all__ = ["Stage", "TorchNetwork", "generator_networks", "open_generator_checkpoint"]
+
+logger = logging.getLogger("diptych")
+
+_WORKING_ROOM = 1 << 30  # bytes that a picture of 512 × 512 takes beside the weights
+_KEPT_IN_FLOAT32 = ("timestep", "time_ids")
+
+
+def open_generator_checkpoint(
+    model: GeneratorFolder,
+    device: str,
+    dtype: str,
+    *,
+    offload: bool | None = None,
+    reason: str = "",
+) -> OpenNetworks:
+    """Load the modules of `model` and open them; see `generator_networks`.
+
+    `dtype` auto is float16 on an NVIDIA card and float32 elsewhere.
+    """
+    from diptych.weights.load_generator import load_generator
+
+    device = best_device() if device == "auto" else device
+    if dtype == "auto":
+        dtype = "float16" if device.startswith("cuda") else "float32"
+    roomy = offload is False or (offload is None and _has_room(device, _file_bytes(model)))
+    modules = load_generator(model, device=device if roomy else "cpu", dtype=dtype)
+    if not roomy and offload is None:
+        offload = not _has_room(device, sum(_bytes(module) for module in modules.values()))
+    for module in modules.values():
+        _prepare(module.eval().requires_grad_(False), device)
+    return generator_networks(modules, device, offload=bool(offload), reason=reason)
+
+
+def generator_networks(
+    modules: Mapping[str, nn.Module],
+    device: str | None = None,
+    *,
+    offload: bool = False,
+    reason: str = "it was asked for",
+) -> OpenNetworks:
+    """Wrap `modules` (text_encoder, text_encoder_2, unet, vae) as they are.
+
+    They move to `device`, if it is given. With `offload` they wait in main memory, and each is on
+    the device for its turn only.
+    """
+    parameter = next(modules["unet"].parameters())
+    device = str(parameter.device) if device is None else device
+    stage = Stage(modules, torch.device(device), offload)
+    networks: dict[str, TorchNetwork] = {}
+    for name in ("text_encoder", "text_encoder_2"):
+        if name in modules:
+            io = (clip_text.INPUTS, clip_text.OUTPUTS)
+            networks[name] = TorchNetwork(stage, name, _encode_text, *io)
+    inputs = _unet_inputs(modules["unet"])
+    networks["unet"] = TorchNetwork(stage, "unet", _predict, inputs, unet.OUTPUTS)
+    networks["vae_encoder"] = TorchVae(stage, "vae", _encode_picture, vae.INPUTS, vae.OUTPUTS)
+    io = (vae.DECODER_INPUTS, vae.DECODER_OUTPUTS)
+    networks["vae_decoder"] = TorchVae(stage, "vae", _decode_picture, *io)
+    if offload:
+        reason = f"{reason}; each network is on {device} for its turn only"
+    return OpenNetworks(
+        networks,
+        runtime="torch",
+        device=device,
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        reason=reason,
+        modules=modules,
+    )
+
+
+@dataclass
+class Stage:
+    """Hold the modules, and which of them is on the device when not all can be."""
+
+    modules: Mapping[str, nn.Module]
+    device: torch.device
+    offload: bool
+    on: str | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        for module in self.modules.values():
+            module.to("cpu" if self.offload else self.device)
+
+    def enter(self, name: str) -> nn.Module:
+        """Return a module, on the device; another whose turn it was leaves first."""
+        module = self.modules[name]
+        if self.offload and self.on != name:
+            if self.on is not None:
+                self.modules[self.on].to("cpu")
+                self.on = None
+            module.to(self.device)
+            self.on = name
+        return module
+
+
+class TorchNetwork:
+    """Run one module: `call` gives it the arrays that it takes, by name."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        module: str,
+        call: Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, ...]],
+        inputs: Mapping[str, str],
+        outputs: Mapping[str, str],
+    ) -> None:
+        self._stage, self._module, self._call = stage, module, call
+        self.inputs, self.outputs = dict(inputs), dict(outputs)
+
+    def __call__(self, wanted: Sequence[str] | None = None, /, **arrays: Any) -> tuple[Tensor, ...]:
+        names = check_wanted(wanted, self.outputs)
+        # Outside of inference mode: it would make the weights tensors that nobody may change.
+        module = self._stage.enter(self._module)
+        made = dict(zip(self.outputs, self._run(module, arrays), strict=True))
+        return tuple(made[name] for name in names)
+
+    def _run(self, module: nn.Module, arrays: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        dtype = next(module.parameters()).dtype
+        with torch.inference_mode():
+            placed = {name: self._place(name, each, dtype) for name, each in arrays.items()}
+            return tuple(each.float() for each in self._call(module, placed))
+
+    def _place(self, name: str, array: Any, dtype: torch.dtype) -> Any:
+        if array is None or isinstance(array, int):
+            return array
+        tensor = torch.as_tensor(array, device=self._stage.device)
+        if name == "input_ids":
+            return tensor.long()
+        if not tensor.is_floating_point() or name in _KEPT_IN_FLOAT32:
+            return tensor.float()
+        tensor = tensor.to(dtype)
+        is_picture = tensor.dim() == 4
+        return tensor.contiguous(memory_format=torch.channels_last) if is_picture else tensor
+
+
+class TorchVae(TorchNetwork):
+    """Run the autoencoder; what overflows in 16 bits is computed again in float32."""
+
+    _overflows = False
+
+    def _run(self, module: nn.Module, arrays: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        dtype = next(module.parameters()).dtype
+        if dtype == torch.float32:
+            return super()._run(module, arrays)
+        forced = dtype == torch.float16 and bool(getattr(module.config, "force_upcast", False))
+        if not forced and not self._overflows:
+            made = super()._run(module, arrays)
+            if _all_finite(made):
+                return made
+        module.float()
+        try:
+            made = super()._run(module, arrays)
+        finally:
+            module.to(dtype)  # exact: they were numbers of this kind
+        if not forced and not self._overflows and _all_finite(made):
+            kind = str(dtype).removeprefix("torch.")
+            logger.warning("the VAE overflows in %s: it runs in float32 from here on", kind)
+            self._overflows = True
+        return made
+
+
+def _encode_text(module: nn.Module, arrays: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    made: tuple[Tensor, ...] = module(arrays["input_ids"], int(arrays.get("clip_skip") or 0))
+    return made
+
+
+def _predict(module: nn.Module, arrays: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    return (module(**arrays),)
+
+
+def _encode_picture(module: Any, arrays: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    made: tuple[Tensor, ...] = module.encode(arrays["pixel_values"])
+    return made
+
+
+def _decode_picture(module: Any, arrays: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    return (module.decode(arrays["latents"]),)
+
+
+def _unet_inputs(module: Any) -> dict[str, str]:
+    """Name what this UNet takes: SDXL's and LCM's take more than the others."""
+    inputs = dict(unet.INPUTS)
+    if module.config.addition_time_embed_dim is not None:
+        inputs |= {"text_embeds": "B E", "time_ids": "B 6"}
+    if module.config.time_cond_proj_dim is not None:
+        inputs["timestep_cond"] = "B G"
+    return inputs
+
+
+def _prepare(module: nn.Module, device: str) -> None:
+    """Lay `module` out for speed, in place; its numbers stay as they are."""
+    # Kernels as convolutions read them.
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    plain = device == "cpu" and next(module.parameters()).dtype == torch.float32
+    if not plain or not has_onednn():
+        return
+    for parent in [*module.modules()]:
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear:
+                setattr(parent, name, OneDnnLinear(child.weight, child.bias))
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def _has_room(device: str, weights: int) -> bool:
+    """Tell whether a GPU holds `weights` bytes and what it works in; other devices do."""
+    if not device.startswith("cuda"):
+        return True
+    free, _ = torch.cuda.mem_get_info(torch.device(device))
+    return int(free) > weights + _WORKING_ROOM
+
+
+def _file_bytes(model: GeneratorFolder) -> int:
+    files: set[Path] = {path for paths in model.weights.values() for path in paths}
+    return sum(path.stat().st_size for path in files)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(each.numel() * each.element_size() for each in module.parameters())
