@@ -1,14 +1,28 @@
-"""Hold the parts that several networks share: the one attention function and the activations."""
+"""Hold the parts that several networks share: the one attention function, blocks, activations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["ACTIVATIONS", "attention", "causal_mask"]
+__all__ = [
+    "ACTIVATIONS",
+    "GegluFeedForward",
+    "MultiHeadAttention",
+    "ResnetBlock",
+    "TimestepEmbedding",
+    "Upsample",
+    "attention",
+    "causal_mask",
+    "split_heads",
+    "timestep_embedding",
+    "to_map",
+    "to_tokens",
+]
 
 # erf-GELU and tanh-GELU are different functions, and checkpoints depend on which one is meant.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -53,3 +67,173 @@ def causal_mask(new: int, total: int, device: torch.device) -> Tensor:
     """Return [new, total]: the last `new` of `total` positions see all up to themselves."""
     positions = torch.arange(total, device=device)
     return positions[None, :] <= positions[total - new :, None]
+
+
+def timestep_embedding(
+    timestep: Tensor, width: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
+) -> Tensor:
+    """Spread `timestep` (any shape) over `width` sines and cosines: [*shape, width], float32.
+
+    Ho et al. 2020, after Vaswani et al. 2017. Cosines come first with `flip_sin_to_cos`.
+    """
+    half = width // 2
+    # In float32 whatever the network computes in: bfloat16 cannot tell 999 from 1000.
+    steps = torch.arange(half, dtype=torch.float32, device=timestep.device)
+    frequencies = torch.exp(-math.log(10000) / (half - freq_shift) * steps)
+    angles = timestep.float()[..., None] * frequencies
+    waves = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
+    return F.pad(torch.cat(waves, dim=-1), (0, width % 2))
+
+
+class TimestepEmbedding(nn.Module):
+    """Turn what conditions every residual block into one vector: [B, in] to [B, width]."""
+
+    def __init__(self, in_channels: int, width: int, cond_proj_dim: int | None = None) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_channels, width)
+        self.linear_2 = nn.Linear(width, width)
+        self.cond_proj: nn.Linear | None = None
+        if cond_proj_dim is not None:
+            self.cond_proj = nn.Linear(cond_proj_dim, in_channels, bias=False)
+
+    def forward(self, hidden: Tensor, condition: Tensor | None = None) -> Tensor:
+        if condition is not None and self.cond_proj is not None:
+            hidden = hidden + self.cond_proj(condition)
+        embedded: Tensor = self.linear_2(F.silu(self.linear_1(hidden)))
+        return embedded
+
+
+class ResnetBlock(nn.Module):
+    """Add two normed convolutions to the input; [B, C, h, w] to [B, out, h, w].
+
+    `time_width` is the size of the vector that is added between them, None where there is none.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        time_width: int | None = None,
+        num_groups: int = 32,
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(num_groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj: nn.Linear | None = None
+        if time_width is not None:
+            self.time_emb_proj = nn.Linear(time_width, out_channels)
+        self.norm2 = nn.GroupNorm(num_groups, out_channels, eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut: nn.Conv2d | None = None
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, hidden: Tensor, time: Tensor | None = None) -> Tensor:
+        """Take `time` [B, time_width] after its SiLU, which is the same for all blocks."""
+        residual = hidden if self.conv_shortcut is None else self.conv_shortcut(hidden)
+        hidden = self.conv1(F.silu(self.norm1(hidden)))
+        if time is not None and self.time_emb_proj is not None:
+            hidden = hidden + self.time_emb_proj(time)[:, :, None, None]
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        return hidden + residual
+
+
+class Upsample(nn.Module):
+    """Repeat pixels, then convolve; [B, C, h, w] to [B, C, *size], twice as large by default."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, hidden: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        if size is None:
+            hidden = F.interpolate(hidden, scale_factor=2.0, mode="nearest")
+        else:
+            hidden = F.interpolate(hidden, size=tuple(size), mode="nearest")
+        grown: Tensor = self.conv(hidden)
+        return grown
+
+
+class MultiHeadAttention(nn.Module):
+    """Let `hidden` [B, T, D] look at `context` [B, S, E], or at itself; gives [B, T, D].
+
+    `upcast` computes the scores in float32 where float16 would overflow.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        context_width: int | None = None,
+        qkv_bias: bool = False,
+        upcast: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.upcast = upcast
+        self.to_q = nn.Linear(width, width, qkv_bias)
+        self.to_k = nn.Linear(context_width or width, width, qkv_bias)
+        self.to_v = nn.Linear(context_width or width, width, qkv_bias)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, hidden: Tensor, context: Tensor | None = None) -> Tensor:
+        context = hidden if context is None else context
+        query = split_heads(self.to_q(hidden), self.num_heads)
+        key = split_heads(self.to_k(context), self.num_heads)
+        value = split_heads(self.to_v(context), self.num_heads)
+        scale = query.shape[-1] ** -0.5
+        if self.upcast and query.dtype == torch.float16:
+            mixed, _ = attention(query.float(), key.float(), value.float(), scale=scale)
+            mixed = mixed.to(query.dtype)
+        else:
+            mixed, _ = attention(query, key, value, scale=scale)
+        projected: Tensor = self.to_out[0](mixed.transpose(1, 2).flatten(2))
+        return projected
+
+
+class GegluFeedForward(nn.Module):
+    """Widen fourfold, gate one half by the other, narrow; [B, T, D] to [B, T, D]. Shazeer 2020."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        # The second place was a dropout's; the names in published files count it.
+        self.net = nn.ModuleList(
+            [Geglu(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)]
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        narrowed: Tensor = self.net[2](self.net[0](hidden))
+        return narrowed
+
+
+class Geglu(nn.Module):
+    """Project to twice `out_features` and multiply one half by the GELU of the other."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_features, 2 * out_features)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        value, gate = self.proj(hidden).chunk(2, dim=-1)
+        gated: Tensor = value * F.gelu(gate)
+        return gated
+
+
+def split_heads(hidden: Tensor, num_heads: int) -> Tensor:
+    """Turn [B, T, D] into [B, heads, T, d]."""
+    rows, words, width = hidden.shape
+    return hidden.view(rows, words, num_heads, width // num_heads).transpose(1, 2)
+
+
+def to_tokens(hidden: Tensor) -> Tensor:
+    """Turn a map [B, C, h, w] into tokens [B, h*w, C]; free where it is channels-last."""
+    return hidden.flatten(2).transpose(1, 2)
+
+
+def to_map(tokens: Tensor, size: Sequence[int]) -> Tensor:
+    """Turn tokens [B, h*w, C] into a channels-last map [B, C, h, w] of `size` (h, w)."""
+    rows, _, channels = tokens.shape
+    return tokens.transpose(1, 2).reshape(rows, channels, *size)
