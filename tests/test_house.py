@@ -42,6 +42,7 @@ LEAVES = {
     "remote_images": {"errors"},
     "images": {"errors", "remote_images"},
     "inputs": {"errors"},
+    "option_fields": {"errors"},
 }
 
 # Only these may import torch at the top of a file; the others reach them inside a function.

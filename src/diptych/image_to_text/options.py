@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
-import math
-import numbers
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from diptych.errors import BadInput
+from diptych.option_fields import (
+    check_value,
+    check_values,
+    library,
+    option,
+    plain,
+    replace,
+    setting,
+    values,
+)
 
 __all__ = ["CaptionOptions", "EarlyStopping", "SearchOptions"]
 
@@ -67,45 +74,6 @@ class SearchOptions:
     no_repeat_ngram_size: int
 
 
-def _option(
-    kind: type,
-    help: str,
-    *,
-    library: object = None,
-    low: float | None = None,
-    high: float | None = None,
-    choices: tuple[object, ...] = (),
-    hint: str = "",
-) -> Any:
-    """Declare an option that stays None until `resolve`: model's default first, then `library`."""
-    metadata = {
-        "kind": kind,
-        "help": help,
-        "default": library,
-        "low": low,
-        "high": high,
-        "choices": choices,
-        "hint": hint,
-        "from_model": True,
-    }
-    return dataclasses.field(default=None, metadata=metadata)
-
-
-def _setting(kind: type, help: str, *, default: object) -> Any:
-    """Declare an option that models have no say in."""
-    metadata = {
-        "kind": kind,
-        "help": help,
-        "default": default,
-        "low": None,
-        "high": None,
-        "choices": (),
-        "hint": "",
-        "from_model": False,
-    }
-    return dataclasses.field(default=default, metadata=metadata)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptionOptions:
     """Say how to caption; None leaves the choice to the model's generation config.
@@ -117,30 +85,30 @@ class CaptionOptions:
     sampling on, and that `seed` is an option. Raises BadInput when a value cannot be used.
     """
 
-    num_beams: int | None = _option(
+    num_beams: int | None = option(
         int, "Captions kept alive by beam search; 1 is greedy.", library=1, low=1
     )
-    length_penalty: float | None = _option(
+    length_penalty: float | None = option(
         float,
         "Exponent of the length that divides a beam's score; above 0 favours long captions.",
         library=1.0,
         low=-10.0,
         high=10.0,
     )
-    early_stopping: bool | Literal["never"] | None = _option(
+    early_stopping: bool | Literal["never"] | None = option(
         bool,
         "When beam search ends: True once num_beams captions are complete, False when better ones "
         "are unlikely, never only when none can come.",
         library=False,
         choices=(False, True, "never"),
     )
-    num_return_sequences: int | None = _option(
+    num_return_sequences: int | None = option(
         int, "Captions returned per image, best first.", library=1, low=1
     )
-    do_sample: bool | None = _option(
+    do_sample: bool | None = option(
         bool, "Draw words at random instead of taking the most likely.", library=False
     )
-    temperature: float | None = _option(
+    temperature: float | None = option(
         float,
         "Sampling: divides the logits; below 1 is safer, above 1 more varied.",
         library=1.0,
@@ -148,43 +116,43 @@ class CaptionOptions:
         high=1000.0,
         hint=", or do_sample=False for the most likely words",
     )
-    top_k: int | None = _option(
+    top_k: int | None = option(
         int, "Sampling: draw from the k most likely words; 0 is no limit.", library=50, low=0
     )
-    top_p: float | None = _option(
+    top_p: float | None = option(
         float,
         "Sampling: draw from the fewest words whose probabilities add up to p; 1 is no limit.",
         library=1.0,
         low=0.0,
         high=1.0,
     )
-    seed: int | None = _option(
+    seed: int | None = option(
         int, "Sampling: image i draws from stream seed + i; none draws a seed.", low=0
     )
-    repetition_penalty: float | None = _option(
+    repetition_penalty: float | None = option(
         float,
         "Penalty on words already in the caption; 1 is none.",
         library=1.0,
         low=0.01,
         high=100.0,
     )
-    no_repeat_ngram_size: int | None = _option(
+    no_repeat_ngram_size: int | None = option(
         int, "Never repeat a run of this many tokens; 0 allows it.", library=0, low=0
     )
-    min_length: int | None = _option(
+    min_length: int | None = option(
         int,
         "Fewest tokens before a caption may end, start token and prompt counted.",
         library=0,
         low=0,
     )
-    max_length: int | None = _option(
+    max_length: int | None = option(
         int, "Most tokens of a caption, start token and prompt counted.", low=1
     )
-    max_new_tokens: int | None = _option(
+    max_new_tokens: int | None = option(
         int, "Most tokens after the prompt; wins over max_length.", library=20, low=1
     )
-    prompt: str = _setting(str, "Text that the caption must continue.", default="")
-    strip: bool = _setting(bool, "Strip white space around the caption.", default=True)
+    prompt: str = setting(str, "Text that the caption must continue.", default="")
+    strip: bool = setting(bool, "Strip white space around the caption.", default=True)
 
     def __post_init__(self) -> None:
         self.check()
@@ -194,10 +162,7 @@ class CaptionOptions:
 
         Rules that need a value still None wait until `resolve` has filled it.
         """
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is not None or not field.metadata["from_model"]:
-                _check_value(field, value)
+        check_values(self)
         self._check_sampling()
         self._check_returned()
         if None not in (self.min_length, self.max_length) and self.max_new_tokens is None:
@@ -205,13 +170,7 @@ class CaptionOptions:
 
     def replace(self, **overrides: object) -> CaptionOptions:
         """Return a copy with these options changed; BadInput for a word that is no option."""
-        names = [field.name for field in dataclasses.fields(self)]
-        for word in overrides:
-            if word not in names:
-                close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-                hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names)}."
-                raise BadInput(f"{word} is not a caption option: {hint}")
-        return dataclasses.replace(self, **overrides)  # type: ignore[arg-type]
+        return replace(self, overrides, "a caption option")
 
     def resolve(self, defaults: Mapping[str, object] | None = None) -> CaptionOptions:
         """Fill every open choice from a model's generation config, then from the library.
@@ -221,11 +180,11 @@ class CaptionOptions:
         do_sample is; a seed left open is drawn. Resolving again changes nothing.
         Raises BadInput when the outcome cannot be run.
         """
-        asked = {name: value for name, value in _values(self).items() if value is not None}
+        asked = {name: value for name, value in values(self).items() if value is not None}
         if any(word in asked for word in _SAMPLING):
             asked["do_sample"] = True
         given = _usable(defaults or {}, asked)
-        merged = {**_library(), **given, **asked}
+        merged = {**library(CaptionOptions), **given, **asked}
         if not ("max_new_tokens" in asked or "max_length" in asked) and "max_length" in given:
             merged["max_new_tokens"] = given.get("max_new_tokens")
         if "max_length" in asked and "max_new_tokens" not in asked:
@@ -236,7 +195,7 @@ class CaptionOptions:
             merged.update(dict.fromkeys(_SAMPLING))
         elif merged["seed"] is None:
             merged["seed"] = secrets.randbelow(2**32)
-        return CaptionOptions(**{name: _plain(value) for name, value in merged.items()})
+        return CaptionOptions(**{name: plain(value) for name, value in merged.items()})
 
     def for_search(self, prompt_length: int = 1, max_positions: int | None = None) -> SearchOptions:
         """Decide the settings of one search.
@@ -244,14 +203,14 @@ class CaptionOptions:
         `prompt_length` counts the start token and the prompt's tokens; `max_positions` is how many
         tokens the decoder can hold. Raises BadInput when the lengths do not fit each other.
         """
-        resolved = _values(self.resolve())
-        values = {
-            name: _library()[name] if resolved[name] is None else resolved[name]
+        resolved = values(self.resolve())
+        chosen = {
+            name: library(CaptionOptions)[name] if resolved[name] is None else resolved[name]
             for name in (field.name for field in dataclasses.fields(SearchOptions))
         }
         if resolved["max_new_tokens"] is not None:
-            values["max_length"] = prompt_length + resolved["max_new_tokens"]
-        longest = values["max_length"]
+            chosen["max_length"] = prompt_length + resolved["max_new_tokens"]
+        longest = chosen["max_length"]
         if max_positions is not None and prompt_length > max_positions:
             raise BadInput(
                 f"start token and prompt take {prompt_length} tokens, but the decoder holds "
@@ -268,10 +227,10 @@ class CaptionOptions:
                 f"{longest} tokens do not fit the decoder, which holds {max_positions}: "
                 f"give max_length={max_positions} or less."
             )
-        _check_lengths(values["min_length"], longest)
+        _check_lengths(chosen["min_length"], longest)
         # Nothing is drawn without sampling, and a search wants a number all the same.
-        values["seed"] = values["seed"] or 0
-        return SearchOptions(**values)
+        chosen["seed"] = chosen["seed"] or 0
+        return SearchOptions(**chosen)
 
     def _check_sampling(self) -> None:
         words = [f"{word}={getattr(self, word)}" for word in _SAMPLING if _is_set(self, word)]
@@ -306,14 +265,6 @@ def _is_set(options: CaptionOptions, name: str) -> bool:
     return getattr(options, name) is not None
 
 
-def _values(options: CaptionOptions) -> dict[str, Any]:
-    return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-
-
-def _library() -> dict[str, Any]:
-    return {field.name: field.metadata["default"] for field in dataclasses.fields(CaptionOptions)}
-
-
 def _usable(defaults: Mapping[str, object], asked: Mapping[str, Any]) -> dict[str, object]:
     """Return the model's defaults that apply beside what was asked; BadInput if one is invalid."""
     for word, neutral in _NOT_APPLIED.items():
@@ -339,49 +290,8 @@ def _usable(defaults: Mapping[str, object], asked: Mapping[str, Any]) -> dict[st
         # Files often carry sampling words beside do_sample=False, at values that mean nothing.
         given = {name: value for name, value in given.items() if name not in _SAMPLING}
     for name, value in given.items():
-        _check_value(fields[name], value, "in the model's generation config ")
+        check_value(fields[name], value, "in the model's generation config ")
     return given
-
-
-def _plain(value: object) -> Any:
-    """Turn NumPy numbers into Python's, so that options can be written as JSON."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return value
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
-
-
-def _check_value(field: dataclasses.Field[Any], value: object, where: str = "") -> None:
-    kind, choices = field.metadata["kind"], field.metadata["choices"]
-    if choices:
-        # By identity for True and False, because 1 equals True.
-        fits = any(value is choice or (choice == value == "never") for choice in choices)
-    elif kind is int:
-        fits = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    elif kind is float:
-        fits = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        fits = fits and math.isfinite(value)  # type: ignore[arg-type]
-    else:
-        fits = isinstance(value, kind)
-    low, high = field.metadata["low"], field.metadata["high"]
-    if fits and low is not None:
-        fits = value >= low
-    if fits and high is not None:
-        fits = value <= high
-    if not fits:
-        raise BadInput(f"{where}{field.name} is {value!r}: give {_wanted(field.metadata)}.")
-
-
-def _wanted(metadata: Mapping[str, Any]) -> str:
-    """Say in words what an option accepts."""
-    if metadata["choices"]:
-        return "one of " + ", ".join(repr(choice) for choice in metadata["choices"])
-    nouns = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
-    text, low, high = nouns[metadata["kind"]], metadata["low"], metadata["high"]
-    if high is not None:
-        text += f" from {low:g} to {high:g}"
-    elif low is not None:
-        text += f" of {low} or more"
-    return text + str(metadata["hint"])
 
 
 def _check_lengths(shortest: int, longest: int) -> None:
