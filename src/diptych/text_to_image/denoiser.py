@@ -1,0 +1,238 @@
+"""Turn a network that predicts noise into one that predicts the clean latent, and guide it.
+
+```
+Guided(EpsDenoiser(unet, …), …)(latents, sigma) → denoised
+```
+
+Latents are x0 + sigma · noise. Arrays are NumPy or torch and stay what they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diptych.errors import BadInput
+from diptych.runtimes.network import Network
+from diptych.text_to_image.schedules import PREDICTION_TYPES, Steps
+
+__all__ = [
+    "Consistency",
+    "Denoise",
+    "EpsDenoiser",
+    "Guided",
+    "KeepOutside",
+    "build_denoiser",
+    "guidance_embedding",
+]
+
+Array = Any
+"""A NumPy array or a torch tensor."""
+
+Denoise = Callable[[Array, float], Array]
+"""(latents `B C h w`, sigma) → denoised `B C h w`, float32."""
+
+
+def build_denoiser(
+    unet: Network,
+    steps: Steps,
+    conditioning: Mapping[str, Array],
+    negative: Mapping[str, Array] | None = None,
+    *,
+    prediction_type: str = "epsilon",
+    guidance_scale: float = 1.0,
+    guidance_rescale: float = 0.0,
+    one_by_one: bool = False,
+    extra: Sequence[Array] = (),
+) -> Denoise:
+    """Compose the denoiser of an ordinary run: prediction, guidance, and LCM's boundary.
+
+    A network that takes `timestep_cond` in `conditioning` is guided by it already: give no
+    `negative`.
+    """
+    eps = EpsDenoiser(unet, steps, conditioning, prediction_type, extra)
+    denoise: Denoise = eps
+    if negative is not None and guidance_scale > 1:
+        denoise = Guided(eps, negative, guidance_scale, guidance_rescale, one_by_one=one_by_one)
+    return Consistency(denoise, steps) if steps.sampler == "lcm" else denoise
+
+
+class EpsDenoiser:
+    """Predict the clean latent by a network that predicts noise, velocity or the latent itself.
+
+    `conditioning` holds the network's other inputs, `B …` each; `extra` are further channels
+    `B c h w` of a 9-channel network, in order. Answers are float32 whatever the network runs in.
+    """
+
+    def __init__(
+        self,
+        unet: Network,
+        steps: Steps,
+        conditioning: Mapping[str, Array],
+        prediction_type: str = "epsilon",
+        extra: Sequence[Array] = (),
+    ) -> None:
+        if prediction_type not in PREDICTION_TYPES:
+            choices = ", ".join(PREDICTION_TYPES)
+            raise BadInput(f"prediction_type is {prediction_type!r}: give one of {choices}")
+        self.unet = unet
+        self.steps = steps
+        self.conditioning = dict(conditioning)
+        self.prediction_type = prediction_type
+        self.extra = tuple(extra)
+
+    def __call__(self, latents: Array, sigma: float) -> Array:
+        return self.to_denoised(latents, sigma, self.predict(latents, sigma))
+
+    def predict(
+        self, latents: Array, sigma: float, conditioning: Mapping[str, Array] | None = None
+    ) -> Array:
+        """Return what the network says, float32; `conditioning` may stand for more rows.
+
+        With k times as many rows as `latents`, every latent is fed k times, and the answer has
+        that many rows.
+        """
+        conditioning = self.conditioning if conditioning is None else conditioning
+        context = conditioning["encoder_hidden_states"]
+        fed = latents / math.hypot(sigma, 1)
+        if self.extra:
+            fed = _concatenate([fed, *self.extra], 1)
+        if len(context) > len(fed):
+            fed = _concatenate([fed] * (len(context) // len(fed)), 0)
+        timestep = _filled(len(fed), self.steps.timestep(sigma), like=fed)
+        (output,) = self.unet(latents=fed, timestep=timestep, **conditioning)
+        return _float32(output)
+
+    def to_denoised(self, latents: Array, sigma: float, output: Array) -> Array:
+        """Return the clean latent that `output` stands for."""
+        if self.prediction_type == "epsilon":
+            return latents - output * sigma
+        if self.prediction_type == "sample":
+            return output
+        # v = sqrt(abar) eps - sqrt(1 - abar) x0 (Salimans & Ho 2022)
+        return latents / (sigma**2 + 1) - output * (sigma / math.hypot(sigma, 1))
+
+
+class Guided:
+    """Push the prediction away from `negative` (Ho & Salimans 2022).
+
+    `negative` holds the same inputs as the denoiser's conditioning, for the negative prompt. Both
+    run in one call of 2B rows; `one_by_one` needs half the memory, and rows of different lengths
+    run that way too. `guidance_scale` <= 1 makes no call for the negative prompt.
+    `guidance_rescale` > 0 takes the standard deviation back to that without guidance, by that
+    part (Lin et al. 2023, section 3.4).
+    """
+
+    def __init__(
+        self,
+        denoiser: EpsDenoiser,
+        negative: Mapping[str, Array],
+        guidance_scale: float,
+        guidance_rescale: float = 0.0,
+        *,
+        one_by_one: bool = False,
+    ) -> None:
+        self.denoiser = denoiser
+        self.guidance_scale = guidance_scale
+        self.guidance_rescale = guidance_rescale
+        self._negative = dict(negative)
+        self._both: dict[str, Array] | None = None
+        positive = denoiser.conditioning
+        alike = all(self._negative[name].shape == positive[name].shape for name in positive)
+        if alike and not one_by_one and guidance_scale > 1:
+            self._both = {
+                name: _concatenate([self._negative[name], positive[name]], 0) for name in positive
+            }
+
+    def __call__(self, latents: Array, sigma: float) -> Array:
+        if self.guidance_scale <= 1:
+            return self.denoiser(latents, sigma)
+        negative, positive = self._predict_both(latents, sigma)
+        output = negative + (positive - negative) * self.guidance_scale
+        if self.guidance_rescale:
+            ratio = _spread(positive) / _spread(output)
+            output = output * (ratio * self.guidance_rescale + (1 - self.guidance_rescale))
+        return self.denoiser.to_denoised(latents, sigma, output)
+
+    def _predict_both(self, latents: Array, sigma: float) -> tuple[Array, Array]:
+        predict = self.denoiser.predict
+        if self._both is None:
+            return predict(latents, sigma, self._negative), predict(latents, sigma)
+        output = predict(latents, sigma, self._both)
+        return output[: len(latents)], output[len(latents) :]
+
+
+class Consistency:
+    """Blend the prediction with its input, as latent consistency models are trained to
+    (Luo et al. 2023): all of the input at t = 0, nearly none of it later.
+    """  # noqa: D205
+
+    def __init__(self, denoise: Denoise, steps: Steps) -> None:
+        self.denoise = denoise
+        self.steps = steps
+
+    def __call__(self, latents: Array, sigma: float) -> Array:
+        scaled = self.steps.timestep(sigma) * self.steps.timestep_scaling
+        of_input = 0.25 / (scaled**2 + 0.25)
+        of_output = scaled / math.sqrt(scaled**2 + 0.25)
+        kept = latents * (of_input / math.hypot(sigma, 1))
+        return self.denoise(latents, sigma) * of_output + kept
+
+
+class KeepOutside:
+    """Keep a picture where the mask is 0: in front of the network and behind it.
+
+    `mask` `B 1 h w` is 1 where to repaint; `image_latents` and `noise` `B C h w` are the picture
+    and the noise it started with, the same at every step.
+    """
+
+    def __init__(self, denoise: Denoise, mask: Array, image_latents: Array, noise: Array) -> None:
+        self.denoise = denoise
+        self.mask = mask
+        self.image_latents = image_latents
+        self.noise = noise
+
+    def __call__(self, latents: Array, sigma: float) -> Array:
+        known = self.image_latents + self.noise * sigma
+        denoised = self.denoise(known + (latents - known) * self.mask, sigma)
+        return self.image_latents + (denoised - self.image_latents) * self.mask
+
+
+def guidance_embedding(guidance_scale: float, rows: int, size: int = 256) -> NDArray[np.float32]:
+    """Return `timestep_cond` [rows, size] of a fully distilled LCM, which has guidance built in."""
+    half = size // 2
+    frequencies = np.exp(np.arange(half, dtype=np.float32) * -(math.log(10000) / (half - 1)))
+    angles = ((guidance_scale - 1) * 1000 * frequencies).astype(np.float32)
+    row = np.concatenate([np.sin(angles), np.cos(angles), np.zeros(size % 2)]).astype(np.float32)
+    return np.tile(row, (rows, 1))
+
+
+def _spread(output: Array) -> Array:
+    return output.std(axis=(1, 2, 3), correction=1, keepdims=True)
+
+
+def _concatenate(arrays: Sequence[Array], axis: int) -> Array:
+    if isinstance(arrays[0], np.ndarray):
+        return np.concatenate(arrays, axis)
+    import torch
+
+    return torch.cat([array.to(arrays[0].dtype) for array in arrays], axis)
+
+
+def _filled(rows: int, value: float, like: Array) -> Array:
+    """Return float32 [rows] of `value`, where `like` is."""
+    if isinstance(like, np.ndarray):
+        return np.full(rows, value, np.float32)
+    import torch
+
+    return torch.full((rows,), value, dtype=torch.float32, device=like.device)
+
+
+def _float32(array: Array) -> Array:
+    if isinstance(array, np.ndarray):
+        return array.astype(np.float32, copy=False)
+    return array.float()

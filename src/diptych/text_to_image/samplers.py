@@ -1,0 +1,217 @@
+"""Walk from noise to a picture: samplers as generator functions, and the noise they draw.
+
+```
+for step in sample(steps, denoise, latents, noise): …
+```
+
+A sampler takes (denoise, latents, sigmas, noise), all latents x0 + sigma · noise and float32, and
+yields a `Step` for each pair of sigmas. It knows no model and no runtime: arrays are NumPy or
+torch, used only in ways both share. Formulas are in terms of lambda = -ln sigma; each equals the
+scheduler of the same name in diffusers 0.42.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diptych.errors import BadInput
+from diptych.text_to_image.denoiser import Array, Denoise
+from diptych.text_to_image.schedules import Steps
+
+__all__ = ["SAMPLERS", "NoiseSource", "Sampler", "Step", "sample"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Hold one step done: `latents` after it, and the clean latent `denoised` seen during it."""
+
+    index: int
+    latents: Array
+    denoised: Array
+
+
+class NoiseSource:
+    """Draw noise for each image from its own seed, the same on every device and in any batch.
+
+    `kind` "philox" (the default) needs NumPy only: Philox 4x32-10 and Box-Muller, counted as CUDA
+    does, so a seed gives what `torch.randn` gives on a GPU. "torch" draws from one
+    `torch.Generator("cpu")` per image, as diffusers does when given such a list.
+    Raises BadInput for a seed outside 0 … 2^64 - 1 or an unknown kind.
+    """
+
+    def __init__(self, seeds: Sequence[int], kind: str = "philox") -> None:
+        if wrong := [seed for seed in seeds if not 0 <= seed < 2**64]:
+            raise BadInput(f"seed is {wrong[0]}: give a whole number from 0 to 2^64 - 1")
+        if kind not in ("philox", "torch"):
+            raise BadInput(f"the kind of noise is {kind!r}: give philox or torch")
+        self.seeds = tuple(seeds)
+        self._draws = 0
+        self._generators: list[Any] | None = None
+        if kind == "torch":
+            import torch
+
+            self._generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds]
+
+    def draw(self, shape: Sequence[int]) -> NDArray[np.float32]:
+        """Return the next noise, `B` + `shape`: one image's `shape` for each seed."""
+        if self._generators is not None:
+            import torch
+
+            rows = [torch.randn(*shape, generator=g).numpy() for g in self._generators]
+        else:
+            rows = [_philox_normal(seed, self._draws, shape) for seed in self.seeds]
+        self._draws += 1
+        return np.stack(rows)
+
+    def like(self, latents: Array) -> Array:
+        """Return the next noise as an array of the kind, shape and place of `latents`."""
+        drawn = self.draw(tuple(latents.shape[1:]))
+        if isinstance(latents, np.ndarray):
+            return drawn
+        import torch
+
+        return torch.from_numpy(drawn).to(latents.device)
+
+
+Sampler = Callable[..., Iterator[Step]]
+"""(denoise, latents, sigmas, noise, **settings) → steps."""
+
+
+def sample(steps: Steps, denoise: Denoise, latents: Array, noise: NoiseSource) -> Iterator[Step]:
+    """Run the sampler that `steps` were laid out for.
+
+    `latents` are noise · `steps.initial_scale`, or start at `steps.sigmas[0]`; the picture is the
+    last step's latents · `steps.final_scale`.
+    """
+    sampler = SAMPLERS[steps.sampler]
+    return sampler(denoise, latents, steps.sigmas, noise, **steps.settings)
+
+
+def ddim(
+    denoise: Denoise,
+    latents: Array,
+    sigmas: Sequence[float],
+    noise: NoiseSource,
+    *,
+    eta: float = 0.0,
+    targets: Sequence[float] | None = None,
+) -> Iterator[Step]:
+    """Step along the predicted noise (Song et al. 2021); `eta` 1 renews it as DDPM does.
+
+    `targets` are the sigmas each step goes to, where these are not those the next starts from.
+    """
+    targets = sigmas[1:] if targets is None else targets
+    for index, (sigma, target) in enumerate(zip(sigmas[:-1], targets, strict=True)):
+        denoised = denoise(latents, sigma)
+        down, up = _ancestral(sigma, target, eta)
+        latents = denoised + (latents - denoised) * (down / sigma)
+        if up:
+            latents = latents + noise.like(latents) * up
+        if target != sigmas[index + 1]:
+            # The network will be told the next sigma: keep what it sees, as variance-one latents.
+            latents = latents * (math.hypot(sigmas[index + 1], 1) / math.hypot(target, 1))
+        yield Step(index, latents, denoised)
+
+
+def ddim_inversion(
+    denoise: Denoise, latents: Array, sigmas: Sequence[float], noise: NoiseSource | None = None
+) -> Iterator[Step]:
+    """Walk from a picture to its noise: DDIM over rising sigmas, predicting where it stands."""
+    for index, (sigma, target) in enumerate(pairwise(sigmas)):
+        denoised = denoise(latents, sigma)
+        latents = denoised + (latents - denoised) * (target / sigma)
+        yield Step(index, latents, denoised)
+
+
+def euler(
+    denoise: Denoise, latents: Array, sigmas: Sequence[float], noise: NoiseSource
+) -> Iterator[Step]:
+    """Euler method (Karras et al. 2022, algorithm 2 without churn)."""
+    for index, (sigma, target) in enumerate(pairwise(sigmas)):
+        denoised = denoise(latents, sigma)
+        latents = latents + (latents - denoised) / sigma * (target - sigma)
+        yield Step(index, latents, denoised)
+
+
+def dpmpp_2m(
+    denoise: Denoise,
+    latents: Array,
+    sigmas: Sequence[float],
+    noise: NoiseSource,
+    *,
+    solver_type: str = "midpoint",
+    lower_order_final: bool = True,
+    euler_at_final: bool = False,
+) -> Iterator[Step]:
+    """DPM-Solver++ (2M): second order from the step before (Lu et al. 2022)."""
+    is_first_order_last = euler_at_final or (lower_order_final and len(sigmas) <= 15)
+    before: Array = None
+    for index, (sigma, target) in enumerate(pairwise(sigmas)):
+        denoised = denoise(latents, sigma)
+        is_last = index == len(sigmas) - 2
+        if target == 0:
+            latents = denoised
+        else:
+            h = math.log(sigma / target)
+            shrink = -math.expm1(-h)
+            latents = latents * (target / sigma) + denoised * shrink
+            if before is not None and not (is_last and is_first_order_last):
+                slope = (denoised - before) * (h / math.log(sigmas[index - 1] / sigma))
+                of_slope = 1 - shrink / h if solver_type == "heun" else shrink / 2
+                latents = latents + slope * of_slope
+        before = denoised
+        yield Step(index, latents, denoised)
+
+
+def _ancestral(sigma: float, target: float, eta: float = 1.0) -> tuple[float, float]:
+    """Return (down, up): step to `down`, then add noise of `up`, to arrive at `target`."""
+    if not eta or not target:
+        return target, 0.0
+    up = min(target, eta * math.sqrt(max(target**2 * (sigma**2 - target**2), 0)) / sigma)
+    return math.sqrt(target**2 - up**2), up
+
+
+_WORD = np.uint64(0xFFFFFFFF)
+_SHIFT = np.uint64(32)
+
+
+def _philox_normal(seed: int, offset: int, shape: Sequence[int]) -> NDArray[np.float32]:
+    """Return normal numbers by Philox 4x32-10 (Salmon et al. 2011) and Box-Muller.
+
+    Number i has the counter (offset, 0, i, 0) and takes the first two words, as CUDA's do.
+    """
+    count = math.prod(shape)
+    a = np.full(count, offset, np.uint64)
+    b = np.zeros(count, np.uint64)
+    c = np.arange(count, dtype=np.uint64)
+    d = np.zeros(count, np.uint64)
+    low_key, high_key = seed & 0xFFFFFFFF, seed >> 32
+    for _ in range(10):
+        from_a, from_c = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
+        a = (from_c >> _SHIFT) ^ b ^ np.uint64(low_key)
+        c = (from_a >> _SHIFT) ^ d ^ np.uint64(high_key)
+        b, d = from_c & _WORD, from_a & _WORD
+        low_key = (low_key + 0x9E3779B9) & 0xFFFFFFFF
+        high_key = (high_key + 0xBB67AE85) & 0xFFFFFFFF
+    # The middle of each cell: never 0, of which there is no logarithm.
+    radius = np.sqrt(-2 * np.log((a + 0.5) * 2.0**-32))
+    normal = radius * np.sin((b + 0.5) * (2.0**-32 * 2 * math.pi))
+    return np.asarray(normal, np.float32).reshape(shape)
+
+
+SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
+    {
+        "ddim": ddim,
+        "ddim_inversion": ddim_inversion,
+        "euler": euler,
+        "dpmpp_2m": dpmpp_2m,
+    }
+)
