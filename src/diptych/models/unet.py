@@ -1,0 +1,358 @@
+"""Predict the noise in latents: the UNet of Stable Diffusion 1, 2 and XL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diptych.models.layers import (
+    GegluFeedForward,
+    MultiHeadAttention,
+    ResnetBlock,
+    TimestepEmbedding,
+    Upsample,
+    timestep_embedding,
+    to_map,
+    to_tokens,
+)
+
+__all__ = ["INPUTS", "LCM_INPUTS", "OUTPUTS", "SDXL_INPUTS", "UNet", "UNetConfig"]
+
+INPUTS = {"latents": "B C h w", "timestep": "B", "encoder_hidden_states": "B T D"}
+SDXL_INPUTS = {"text_embeds": "B E", "time_ids": "B 6"}  # besides, where the config wants them
+LCM_INPUTS = {"timestep_cond": "B G"}
+OUTPUTS = {"noise_pred": "B 4 h w"}
+
+_TRANSFORMER_EPS = 1e-6  # of the norm before a transformer, whatever `norm_eps` says
+
+
+@dataclass(frozen=True, slots=True)
+class UNetConfig:
+    """Describe a UNet; the defaults are Stable Diffusion 1.5. Tuples go by level, finest first."""
+
+    sample_size: int = 64
+    in_channels: int = 4  # 9 for inpainting checkpoints
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    down_attention: tuple[bool, ...] = (True, True, True, False)
+    up_attention: tuple[bool, ...] | None = None  # None: as `down_attention`
+    mid_attention: bool = True
+    transformer_layers_per_block: tuple[int, ...] = (1, 1, 1, 1)
+    mid_transformer_layers: int | None = None  # None: as the coarsest level
+    num_attention_heads: tuple[int, ...] = (8, 8, 8, 8)  # a count, not a width
+    cross_attention_dim: int = 768
+    use_linear_projection: bool = False
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    upcast_attention: bool = False
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0.0
+    addition_time_embed_dim: int | None = None  # 256 for SDXL
+    projection_class_embeddings_input_dim: int | None = None  # 2816 for SDXL
+    time_cond_proj_dim: int | None = None  # 256 for LCM: the guidance scale enters the network
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Name what `UNet` takes under this config, with shape letters."""
+        sdxl = SDXL_INPUTS if self.addition_time_embed_dim is not None else {}
+        lcm = LCM_INPUTS if self.time_cond_proj_dim is not None else {}
+        return {**INPUTS, **sdxl, **lcm}
+
+    @classmethod
+    def tiny(cls) -> UNetConfig:
+        return cls(
+            sample_size=8,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_attention=(True, False),
+            transformer_layers_per_block=(1, 1),
+            num_attention_heads=(2, 4),
+            cross_attention_dim=32,
+            norm_num_groups=8,
+        )
+
+
+class UNet(nn.Module):
+    """Predict the noise (or v, or the sample) in latents (Rombach et al. 2022)."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels, levels = config.block_out_channels, range(len(config.block_out_channels))
+        width = 4 * channels[0]
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels[0], width, config.time_cond_proj_dim)
+        self.add_embedding: TimestepEmbedding | None = None
+        if config.projection_class_embeddings_input_dim is not None:
+            self.add_embedding = TimestepEmbedding(
+                config.projection_class_embeddings_input_dim, width
+            )
+        self.down_blocks = nn.ModuleList(self._down_block(level, width) for level in levels)
+        self.mid_block = self._mid_block(width)
+        self.up_blocks = nn.ModuleList(self._up_block(level, width) for level in reversed(levels))
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+    ) -> Tensor:
+        """Map `latents` [B, C, h, w] at `timestep` [B] to `noise_pred` [B, out, h, w].
+
+        `encoder_hidden_states` is [B, T, D]. SDXL takes `text_embeds` [B, E] and `time_ids`
+        [B, 6] as well, LCM `timestep_cond` [B, G].
+        """
+        time = self._embed_time(latents, timestep, text_embeds, time_ids, timestep_cond)
+        hidden = self.conv_in(latents)
+        skips = [hidden]
+        for block in self.down_blocks:
+            hidden, found = block(hidden, time, encoder_hidden_states)
+            skips += found
+        hidden = self.mid_block(hidden, time, encoder_hidden_states)
+        for block in self.up_blocks:
+            hidden = block(hidden, skips, time, encoder_hidden_states)
+        noise_pred: Tensor = self.conv_out(F.silu(self.conv_norm_out(hidden)))
+        return noise_pred
+
+    def _embed_time(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text_embeds: Tensor | None,
+        time_ids: Tensor | None,
+        timestep_cond: Tensor | None,
+    ) -> Tensor:
+        """Return what conditions every residual block, [B, 4 * channels], after its SiLU."""
+        waves = self._waves(timestep.reshape(-1), self.config.block_out_channels[0])
+        embedded: Tensor = self.time_embedding(waves.to(latents.dtype), timestep_cond)
+        if self.add_embedding is not None:
+            assert text_embeds is not None and time_ids is not None, "this UNet needs both"
+            sizes = self._waves(time_ids, self.config.addition_time_embed_dim or 0).flatten(1)
+            added = torch.cat([text_embeds, sizes.to(text_embeds.dtype)], dim=-1)
+            embedded = embedded + self.add_embedding(added.to(latents.dtype))
+        return F.silu(embedded)
+
+    def _waves(self, steps: Tensor, width: int) -> Tensor:
+        return timestep_embedding(
+            steps,
+            width,
+            flip_sin_to_cos=self.config.flip_sin_to_cos,
+            freq_shift=self.config.freq_shift,
+        )
+
+    def _down_block(self, level: int, time_width: int) -> DownBlock:
+        config, channels = self.config, self.config.block_out_channels
+        out = channels[level]
+        widths = (channels[max(level - 1, 0)], *[out] * (config.layers_per_block - 1))
+        transformers = (
+            [self._transformer(level) for _ in widths] if config.down_attention[level] else []
+        )
+        return DownBlock(
+            [self._resnet(width, out, time_width) for width in widths],
+            transformers,
+            Downsample(out) if level < len(channels) - 1 else None,
+        )
+
+    def _mid_block(self, time_width: int) -> MidBlock:
+        config, channels = self.config, self.config.block_out_channels[-1]
+        if not config.mid_attention:
+            return MidBlock([self._resnet(channels, channels, time_width)], [])
+        depth = config.mid_transformer_layers
+        return MidBlock(
+            [self._resnet(channels, channels, time_width) for _ in range(2)],
+            [self._transformer(len(config.block_out_channels) - 1, depth)],
+        )
+
+    def _up_block(self, level: int, time_width: int) -> UpBlock:
+        config, channels = self.config, self.config.block_out_channels
+        out = channels[level]
+        # What comes up from the coarser level, then this level's own; beside it the skips, in the
+        # reverse of the order in which the way down left them.
+        widths = (channels[min(level + 1, len(channels) - 1)], *[out] * config.layers_per_block)
+        skips = (*[out] * config.layers_per_block, channels[max(level - 1, 0)])
+        has_attention = (config.up_attention or config.down_attention)[level]
+        return UpBlock(
+            [
+                self._resnet(width + skip, out, time_width)
+                for width, skip in zip(widths, skips, strict=True)
+            ],
+            [self._transformer(level) for _ in widths] if has_attention else [],
+            Upsample(out) if level > 0 else None,
+        )
+
+    def _resnet(self, in_channels: int, out_channels: int, time_width: int) -> ResnetBlock:
+        return ResnetBlock(
+            in_channels,
+            out_channels,
+            time_width=time_width,
+            num_groups=self.config.norm_num_groups,
+            eps=self.config.norm_eps,
+        )
+
+    def _transformer(self, level: int, depth: int | None = None) -> SpatialTransformer:
+        config = self.config
+        return SpatialTransformer(
+            config.block_out_channels[level],
+            config.num_attention_heads[level],
+            config.transformer_layers_per_block[level] if depth is None else depth,
+            context_width=config.cross_attention_dim,
+            num_groups=config.norm_num_groups,
+            is_linear=config.use_linear_projection,
+            upcast=config.upcast_attention,
+        )
+
+
+class DownBlock(nn.Module):
+    """Apply one level on the way down; the maps that its counterpart on the way up needs."""
+
+    def __init__(
+        self,
+        resnets: Sequence[nn.Module],
+        attentions: Sequence[nn.Module],
+        downsampler: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.downsamplers = nn.ModuleList([] if downsampler is None else [downsampler])
+
+    def forward(self, hidden: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the coarser map and every map on the way to it."""
+        found = []
+        for index, resnet in enumerate(self.resnets):
+            hidden = resnet(hidden, time)
+            if self.attentions:
+                hidden = self.attentions[index](hidden, context)
+            found.append(hidden)
+        for downsampler in self.downsamplers:
+            hidden = downsampler(hidden)
+            found.append(hidden)
+        return hidden, found
+
+
+class MidBlock(nn.Module):
+    """Work on the coarsest map; [B, C, h, w] to [B, C, h, w]."""
+
+    def __init__(self, resnets: Sequence[nn.Module], attentions: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+
+    def forward(self, hidden: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        hidden = self.resnets[0](hidden, time)
+        for index, attend in enumerate(self.attentions):
+            hidden = self.resnets[index + 1](attend(hidden, context), time)
+        return hidden
+
+
+class UpBlock(nn.Module):
+    """Apply one level on the way up, beside the maps of the way down."""
+
+    def __init__(
+        self,
+        resnets: Sequence[nn.Module],
+        attentions: Sequence[nn.Module],
+        upsampler: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.upsamplers = nn.ModuleList([] if upsampler is None else [upsampler])
+
+    def forward(self, hidden: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
+        """Return the finer map; takes its maps from the end of `skips`."""
+        for index, resnet in enumerate(self.resnets):
+            hidden = resnet(torch.cat([hidden, skips.pop()], dim=1), time)
+            if self.attentions:
+                hidden = self.attentions[index](hidden, context)
+        for upsampler in self.upsamplers:
+            # An odd edge was rounded up on the way down: double to what the skip has, not by two.
+            hidden = upsampler(hidden, skips[-1].shape[-2:])
+        return hidden
+
+
+class Downsample(nn.Module):
+    """Halve a map by a convolution of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        halved: Tensor = self.conv(hidden)
+        return halved
+
+
+class SpatialTransformer(nn.Module):
+    """Add what transformer blocks make of a map's points; [B, C, h, w] to [B, C, h, w]."""
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        depth: int,
+        *,
+        context_width: int,
+        num_groups: int,
+        is_linear: bool,
+        upcast: bool,
+    ) -> None:
+        super().__init__()
+        self.is_linear = is_linear
+        self.norm = nn.GroupNorm(num_groups, channels, _TRANSFORMER_EPS)
+        self.proj_in = _projection(channels, is_linear)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, num_heads, context_width, upcast) for _ in range(depth)
+        )
+        self.proj_out = _projection(channels, is_linear)
+
+    def forward(self, hidden: Tensor, context: Tensor) -> Tensor:
+        residual, size = hidden, hidden.shape[-2:]
+        hidden = self.norm(hidden)
+        # The two kinds of checkpoints store the same projection as a 1x1 convolution or a matrix.
+        if self.is_linear:
+            tokens = self.proj_in(to_tokens(hidden))
+        else:
+            tokens = to_tokens(self.proj_in(hidden))
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        if self.is_linear:
+            hidden = to_map(self.proj_out(tokens), size)
+        else:
+            hidden = self.proj_out(to_map(tokens, size))
+        return hidden + residual
+
+
+class TransformerBlock(nn.Module):
+    """Look at the map, look at the words, think; [B, T, D] to [B, T, D]."""
+
+    def __init__(self, width: int, num_heads: int, context_width: int, upcast: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = MultiHeadAttention(width, num_heads, upcast=upcast)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = MultiHeadAttention(
+            width, num_heads, context_width=context_width, upcast=upcast
+        )
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = GegluFeedForward(width)
+
+    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
+        tokens = tokens + self.attn1(self.norm1(tokens))
+        tokens = tokens + self.attn2(self.norm2(tokens), context)
+        tokens = tokens + self.ff(self.norm3(tokens))
+        return tokens
+
+
+def _projection(channels: int, is_linear: bool) -> nn.Module:
+    return nn.Linear(channels, channels) if is_linear else nn.Conv2d(channels, channels, 1)
