@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from diptych.errors import UnsupportedModel
 from diptych.runtimes.graph import Graph, Shape, Weights
+from diptych.runtimes.graph_layers import LayerWriter
 
 __all__ = ["decoder_graph", "encoder_graph", "num_image_tokens"]
 
 Config = Mapping[str, Any]
 
-_BATCH_NORM_EPS = 1e-5  # torch's default, which the model keeps
 _FAR = 2**31 - 1
 
 
@@ -32,7 +31,7 @@ def encoder_graph(config: Config, weights: Weights) -> Graph:
     """
     vit, gpt2 = config["encoder"], config["decoder"]
     graph = Graph("encoder")
-    write = _Writer(graph, weights)
+    write = LayerWriter(graph, weights)
     size, eps = vit["image_size"], vit["layer_norm_eps"]
     graph.input("pixel_values", "FLOAT", ["B", vit["num_channels"], size, size])
     hidden = _patches(write, vit)
@@ -75,7 +74,7 @@ def decoder_graph(config: Config, weights: Weights) -> Graph:
     """
     prefix = config["bridge"] == "prefix"
     tokens = num_image_tokens(config["encoder"])
-    return _Step(_Writer(Graph("decoder"), weights), config["decoder"], prefix, tokens).run()
+    return _Step(LayerWriter(Graph("decoder"), weights), config["decoder"], prefix, tokens).run()
 
 
 def num_image_tokens(vit: Config) -> int:
@@ -84,73 +83,10 @@ def num_image_tokens(vit: Config) -> int:
     return patches + 1 + bool(vit["distillation_token"])
 
 
-# --- layers ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Writer:
-    """Write layers into a graph, taking the weights of the module at a path."""
-
-    graph: Graph
-    source: Weights
-
-    def weight(self, path: str) -> str:
-        return self.graph.weight(path, self.source[path])
-
-    def matmul(self, hidden: str, path: str, rows: slice = slice(None)) -> str:
-        """Multiply as the Linear at `path` does, or as those `rows` of its weight."""
-        # torch keeps [out, in]; MatMul wants [in, out].
-        kernel = self.source[f"{path}.weight"][rows].T
-        name = f"{path}.weight" if rows == slice(None) else f"{path}.weight.{rows.start}"
-        return self.graph.add("MatMul", hidden, self.graph.weight(name, kernel))
-
-    def linear(self, hidden: str, path: str, rows: slice = slice(None)) -> str:
-        name = f"{path}.bias" if rows == slice(None) else f"{path}.bias.{rows.start}"
-        bias = self.graph.weight(name, self.source[f"{path}.bias"][rows])
-        return self.graph.add("Add", self.matmul(hidden, path, rows), bias)
-
-    def norm(self, hidden: str, path: str, eps: float, to: str = "") -> str:
-        # Apart from the sum before it: `SkipLayerNormalization` does both, in four times the time.
-        scale, bias = self.weight(f"{path}.weight"), self.weight(f"{path}.bias")
-        return self.graph.add("LayerNormalization", hidden, scale, bias, to=to, epsilon=eps)
-
-    def activate(self, hidden: str, bias: str, act: str) -> str:
-        """Add `bias` and bend: erf-GELU and tanh-GELU are kept apart."""
-        fused = {"gelu": ".BiasGelu", "gelu_new": ".FastGelu", "gelu_pytorch_tanh": ".FastGelu"}
-        if act in fused:
-            return self.graph.add(fused[act], hidden, self.weight(bias))
-        total = self.graph.add("Add", hidden, self.weight(bias))
-        if act == "relu":
-            return self.graph.add("Relu", total)
-        slopes = {"quick_gelu": 1.702, "silu": 1.0, "swish": 1.0}
-        if act not in slopes:
-            raise UnsupportedModel(f"the activation {act!r} cannot be exported")
-        return self.graph.add(".QuickGelu", total, alpha=slopes[act])
-
-    def conv(self, pixels: str, path: str, *, norm: str = "", stride: int = 1, pad: int = 0) -> str:
-        """Convolve; the batch norm at `norm` is folded into the kernel."""
-        kernel = self.source[f"{path}.weight"]
-        if norm:
-            scale, shift, mean, variance = (
-                self.source[f"{norm}.{name}"]
-                for name in ("weight", "bias", "running_mean", "running_var")
-            )
-            factor = scale / np.sqrt(variance + np.float32(_BATCH_NORM_EPS))
-            kernel, bias = kernel * factor[:, None, None, None], shift - mean * factor
-        else:
-            bias = self.source[f"{path}.bias"]
-        weights = (
-            self.graph.weight(f"{path}.weight", kernel),
-            self.graph.weight(f"{path}.bias", bias),
-        )
-        strides, pads = [stride, stride], [pad] * 4
-        return self.graph.add("Conv", pixels, *weights, strides=strides, pads=pads)
-
-
 # --- the encoder ----------------------------------------------------------------------------------
 
 
-def _patches(write: _Writer, vit: Config) -> str:
+def _patches(write: LayerWriter, vit: Config) -> str:
     """Write the tokens before the first layer: [B, P, D]."""
     graph, path = write.graph, "encoder.embeddings"
     if vit["stem_channels"]:
@@ -170,7 +106,7 @@ def _patches(write: _Writer, vit: Config) -> str:
     return graph.add("Add", together, write.weight(f"{path}.position_embeddings"))
 
 
-def _stem(write: _Writer, vit: Config, path: str) -> str:
+def _stem(write: LayerWriter, vit: Config, path: str) -> str:
     """Write the convolutions that stand for the patches; their order is `ConvStem`'s."""
     graph, pixels, index = write.graph, "pixel_values", 0
     for stage in range(len(vit["stem_channels"])):
@@ -187,7 +123,7 @@ def _stem(write: _Writer, vit: Config, path: str) -> str:
     return write.conv(pixels, f"{path}.projection")
 
 
-def _vit_attention(write: _Writer, normed: str, layer: str, vit: Config) -> str:
+def _vit_attention(write: LayerWriter, normed: str, layer: str, vit: Config) -> str:
     """Write attention of all to all."""
     path, parts = f"{layer}.attention", ("query", "key", "value")
     heads = [write.matmul(normed, f"{path}.{part}") for part in parts]
@@ -207,7 +143,7 @@ def _vit_attention(write: _Writer, normed: str, layer: str, vit: Config) -> str:
 class _Step:
     """Write the decoder; holds what its layers share."""
 
-    write: _Writer
+    write: LayerWriter
     config: Config
     prefix: bool
     image_tokens: int

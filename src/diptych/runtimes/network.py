@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DTYPES",
+    "GENERATOR_NETWORKS",
     "RUNTIMES",
     "Array",
     "Network",
@@ -30,6 +31,7 @@ __all__ = [
     "open_generator_networks",
     "open_networks",
     "require_torch",
+    "unet_inputs",
 ]
 
 logger = logging.getLogger("diptych")
@@ -39,6 +41,21 @@ Array = Any
 
 RUNTIMES = ("auto", "onnxruntime", "torch")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# The networks of a generator, with the names and shapes of what they take and give, as in `models`.
+_TEXT_ENCODER = ({"input_ids": "B T"}, {"encoder_hidden_states": "B T D", "pooled": "B D"})
+GENERATOR_NETWORKS: Mapping[str, tuple[Mapping[str, str], Mapping[str, str]]] = {
+    "text_encoder": _TEXT_ENCODER,
+    "text_encoder_2": _TEXT_ENCODER,  # SDXL only
+    "unet": (
+        {"latents": "B C h w", "timestep": "B", "encoder_hidden_states": "B T D"},
+        {"noise_pred": "B 4 h w"},
+    ),
+    "vae_encoder": (
+        {"pixel_values": "B 3 H W"},
+        {"mean": "B c h w", "log_variance": "B c h w"},
+    ),
+    "vae_decoder": ({"latents": "B c h w"}, {"pixel_values": "B 3 H W"}),
+}
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
 
 
@@ -170,6 +187,16 @@ def open_generator_networks(
         opened = open_generator_checkpoint(model, device, dtype, offload=offload, reason=reason)
     _tell(model, opened.runtime, opened.device, opened.dtype, opened.reason)
     return opened
+
+
+def unet_inputs(config: Mapping[str, Any]) -> dict[str, str]:
+    """Name what the UNet of `config` takes: SDXL's and LCM's take more than the others."""
+    inputs = dict(GENERATOR_NETWORKS["unet"][0])
+    if config.get("addition_time_embed_dim") is not None:
+        inputs |= {"text_embeds": "B E", "time_ids": "B 6"}
+    if config.get("time_cond_proj_dim") is not None:
+        inputs |= {"timestep_cond": "B G"}
+    return inputs
 
 
 def require_torch(purpose: str, extra: str = "torch") -> None:

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
 from diptych.errors import BadInput, UnsupportedModel
-from diptych.runtimes.network import Network, check_wanted
+from diptych.runtimes.network import GENERATOR_NETWORKS, Network, check_wanted, unet_inputs
 
-__all__ = ["OnnxDecoder", "OnnxEncoder", "available_cores", "open_artifact"]
+if TYPE_CHECKING:
+    from diptych.weights.diffusion import GeneratorFolder
+
+__all__ = [
+    "OnnxDecoder",
+    "OnnxEncoder",
+    "OnnxNetwork",
+    "available_cores",
+    "open_artifact",
+    "open_generator_artifact",
+]
 
 Floats = NDArray[np.float32]
 
@@ -26,6 +38,16 @@ def open_artifact(files: Mapping[str, Path]) -> dict[str, Network]:
     # The decoder first: loading its head takes room for a moment that the encoder fills for good.
     decoder = OnnxDecoder(files["decoder"])
     return {"encoder": OnnxEncoder(files["encoder"]), "decoder": decoder}
+
+
+def open_generator_artifact(model: GeneratorFolder) -> dict[str, Network]:
+    """Prepare the networks of a generator; each file is opened when it is first needed."""
+    networks: dict[str, Network] = {}
+    for name, path in model.networks.items():
+        inputs, outputs = GENERATOR_NETWORKS[name]
+        inputs = unet_inputs(model.configs["unet"]) if name == "unet" else inputs
+        networks[name] = OnnxNetwork(path, inputs, outputs, keep_memory=name == "unet")
+    return networks
 
 
 class OnnxEncoder:
@@ -145,6 +167,46 @@ class OnnxDecoder:
         return straight
 
 
+class OnnxNetwork:
+    """Run one network of a generator: NumPy float32 in and out, however its weights are stored.
+
+    The file is opened by the first call: who starts from words never waits for the encoder of
+    pictures.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        inputs: Mapping[str, str],
+        outputs: Mapping[str, str],
+        *,
+        keep_memory: bool,
+    ) -> None:
+        self.inputs, self.outputs = dict(inputs), dict(outputs)
+        self._path, self._keep_memory = path, keep_memory
+        self._session: Session | None = None
+        self._opening = Lock()
+
+    def __call__(self, wanted: Sequence[str] | None = None, /, **arrays: Any) -> tuple[Any, ...]:
+        names = check_wanted(wanted, self.outputs)
+        session = self._open()
+        if missing := [name for name in self.inputs if arrays.get(name) is None]:
+            raise BadInput(f"{self._path.name} needs {missing[0]}, which was not given")
+        given: dict[str, Any] = {"clip_skip": 0, **arrays}
+        feed = {
+            name: np.asarray(given[name], np.int64 if kind == "tensor(int64)" else np.float32)
+            for name, kind in session.kinds.items()
+        }
+        return session.compute(feed, names)
+
+    def _open(self) -> Session:
+        with self._opening:
+            if self._session is None:
+                needed = next(iter(self.inputs))
+                self._session = Session(self._path, needed, keep_memory=self._keep_memory)
+            return self._session
+
+
 class Session:
     """Run one ONNX file into arrays that the caller provides."""
 
@@ -164,6 +226,7 @@ class Session:
             raise UnsupportedModel(f"{path} cannot be run: {reason}: export it anew") from error
         self.inputs = {each.name: tuple(each.shape) for each in self._session.get_inputs()}
         self.outputs = {each.name: tuple(each.shape) for each in self._session.get_outputs()}
+        self.kinds = {each.name: each.type for each in self._session.get_inputs()}
         if needed not in self.inputs:
             raise UnsupportedModel(f"{path} has no input {needed}: it was not exported by diptych")
         self._run_options = onnxruntime.RunOptions()
@@ -185,8 +248,19 @@ class Session:
         for name, array in outputs.items():
             address = array.ctypes.data
             binding.bind_output(name, "cpu", 0, np.float32, array.shape, address)
-        try:
+        with self._explained(inputs):
             self._session.run_with_iobinding(binding, self._run_options)
+
+    def compute(self, inputs: Mapping[str, Any], names: Sequence[str]) -> tuple[Floats, ...]:
+        """Return the outputs in `names`, of sizes that only the run tells."""
+        with self._explained(inputs):
+            return tuple(self._session.run([*names], {**inputs}, self._run_options))
+
+    @contextmanager
+    def _explained(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """Turn what ONNX Runtime raises into one sentence with the shapes that were given."""
+        try:
+            yield
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in inputs.items())

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ def generator_networks(
         if name in modules:
             io = (clip_text.INPUTS, clip_text.OUTPUTS)
             networks[name] = TorchNetwork(stage, name, _encode_text, *io)
-    inputs = _unet_inputs(modules["unet"])
+    inputs = cast(unet.UNet, modules["unet"]).config.inputs
     networks["unet"] = TorchNetwork(stage, "unet", _predict, inputs, unet.OUTPUTS)
     networks["vae_encoder"] = TorchVae(stage, "vae", _encode_picture, vae.INPUTS, vae.OUTPUTS)
     io = (vae.DECODER_INPUTS, vae.DECODER_OUTPUTS)
@@ -201,16 +201,6 @@ def _encode_picture(module: Any, arrays: Mapping[str, Any]) -> tuple[Tensor, ...
 
 def _decode_picture(module: Any, arrays: Mapping[str, Any]) -> tuple[Tensor, ...]:
     return (module.decode(arrays["latents"]),)
-
-
-def _unet_inputs(module: Any) -> dict[str, str]:
-    """Name what this UNet takes: SDXL's and LCM's take more than the others."""
-    inputs = dict(unet.INPUTS)
-    if module.config.addition_time_embed_dim is not None:
-        inputs |= {"text_embeds": "B E", "time_ids": "B 6"}
-    if module.config.time_cond_proj_dim is not None:
-        inputs["timestep_cond"] = "B G"
-    return inputs
 
 
 def _prepare(module: nn.Module, device: str) -> None:

@@ -1,0 +1,374 @@
+"""Write the networks of a generator as ONNX graphs.
+
+They follow `models` line by line, over weights that arrive as NumPy arrays under the module's own
+names; that both compute the same is measured by every export. Batch, sizes and the number of words
+may vary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from diptych.runtimes.graph import Graph, Weights
+from diptych.runtimes.graph_layers import LayerWriter
+
+__all__ = ["text_encoder_graph", "unet_graph", "vae_decoder_graph", "vae_encoder_graph"]
+
+Config = Mapping[str, Any]
+
+_VAE_EPS = 1e-6
+_TRANSFORMER_EPS = 1e-6
+_LAYER_NORM_EPS = 1e-5  # torch's default, which the transformer blocks keep
+_LEGACY_EOS = 2
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def text_encoder_graph(config: Config, weights: Weights, name: str = "text_encoder") -> Graph:
+    """Write a text tower.
+
+    `input_ids` [B, T] and `clip_skip` [] to `encoder_hidden_states` [B, T, D] and `pooled` [B, E].
+    """
+    graph = Graph(name)
+    write, eps, path = LayerWriter(graph, weights), config["layer_norm_eps"], "text_model"
+    graph.input("input_ids", "INT64", ["B", "T"])
+    graph.input("clip_skip", "INT64", [])
+    table = write.weight(f"{path}.embeddings.token_embedding.weight")
+    places = write.weight(f"{path}.embeddings.position_embedding.weight")
+    words = graph.add("Shape", "input_ids", start=1, end=2)
+    places = graph.add("Slice", places, graph.ints(0), words, graph.ints(0))
+    hidden = graph.add("Add", graph.add("Gather", table, "input_ids"), places)
+    states = [hidden]
+    for layer in range(config["num_hidden_layers"]):
+        hidden = _text_layer(write, config, hidden, f"{path}.encoder.layers.{layer}")
+        states.append(hidden)
+    norm = f"{path}.final_layer_norm"
+    stacked = graph.add("Concat", *(_unsqueeze(graph, each, 0) for each in states), axis=0)
+    last = graph.weight("last_state", np.int64(len(states) + config["output_layer"]))
+    index = graph.add("Sub", last, "clip_skip")
+    output = graph.output("encoder_hidden_states", ["B", "T", config["hidden_size"]])
+    if config["output_norm"]:
+        write.norm(graph.add("Gather", stacked, index, axis=0), norm, eps, to=output)
+    else:
+        graph.add("Gather", stacked, index, to=output, axis=0)
+    _pool(write, config, hidden, norm)
+    return graph
+
+
+def _text_layer(write: LayerWriter, config: Config, hidden: str, path: str) -> str:
+    graph, eps = write.graph, config["layer_norm_eps"]
+    normed = write.norm(hidden, f"{path}.layer_norm1", eps)
+    parts = [write.linear(normed, f"{path}.self_attn.{each}_proj") for each in "qkv"]
+    heads = config["num_attention_heads"]
+    mixed = graph.add(
+        ".MultiHeadAttention",
+        *parts,
+        num_heads=heads,
+        scale=(config["hidden_size"] // heads) ** -0.5,
+        unidirectional=1,
+    )
+    hidden = graph.add("Add", hidden, write.linear(mixed, f"{path}.self_attn.out_proj"))
+    normed = write.norm(hidden, f"{path}.layer_norm2", eps)
+    wide = write.matmul(normed, f"{path}.mlp.fc1")
+    wide = write.activate(wide, f"{path}.mlp.fc1.bias", config["hidden_act"])
+    return graph.add("Add", hidden, write.linear(wide, f"{path}.mlp.fc2"))
+
+
+def _pool(write: LayerWriter, config: Config, hidden: str, norm: str) -> None:
+    """Write the normed state at the first end token of each text, projected if the model does."""
+    graph, eps = write.graph, config["layer_norm_eps"]
+    marks = "input_ids"
+    if config["eos_token_id"] != _LEGACY_EOS:
+        end = graph.weight("end_token", np.int64(config["eos_token_id"]))
+        found = graph.add("Equal", "input_ids", end)
+        one, zero = graph.weight("one", np.int64(1)), graph.weight("zero", np.int64(0))
+        marks = graph.add("Where", found, one, zero)
+    ends = graph.add("ArgMax", marks, axis=1, keepdims=1)
+    state = graph.add("GatherND", hidden, ends, batch_dims=1)
+    if config["projection_dim"] is None:
+        write.norm(state, norm, eps, to=graph.output("pooled", ["B", config["hidden_size"]]))
+        return
+    kernel = graph.weight("text_projection.weight", write.source["text_projection.weight"].T)
+    pooled = graph.output("pooled", ["B", config["projection_dim"]])
+    graph.add("MatMul", write.norm(state, norm, eps), kernel, to=pooled)
+
+
+# --- the UNet -------------------------------------------------------------------------------------
+
+
+def unet_graph(config: Config, weights: Weights) -> Graph:
+    """Write the UNet; inputs as `UNetConfig.inputs` names them, to `noise_pred` [B, C, h, w]."""
+    return _UNet(LayerWriter(Graph("unet"), weights), config).run()
+
+
+@dataclass(frozen=True, slots=True)
+class _UNet:
+    """Write the UNet; holds what its blocks share."""
+
+    write: LayerWriter
+    config: Config
+
+    def run(self) -> Graph:
+        graph, write, config = self.write.graph, self.write, self.config
+        graph.input("latents", "FLOAT", ["B", config["in_channels"], "h", "w"])
+        graph.input("timestep", "FLOAT", ["B"])
+        graph.input("encoder_hidden_states", "FLOAT", ["B", "T", config["cross_attention_dim"]])
+        time = self.embed_time()
+        hidden = write.conv("latents", "conv_in", pad=1)
+        skips = [hidden]
+        levels = range(len(config["block_out_channels"]))
+        for level in levels:
+            hidden = self.go_down(hidden, time, level, skips)
+        hidden = self.turn(hidden, time)
+        for level in reversed(levels):
+            hidden = self.go_up(hidden, time, level, skips)
+        groups, eps = config["norm_num_groups"], config["norm_eps"]
+        hidden = write.silu(write.group_norm(hidden, "conv_norm_out", groups, eps))
+        output = graph.output("noise_pred", ["B", config["out_channels"], "h", "w"])
+        write.conv(hidden, "conv_out", pad=1, to=output)
+        return graph
+
+    def embed_time(self) -> str:
+        """Write what conditions every residual block, after its SiLU: [B, 4 * channels]."""
+        graph, write, config = self.write.graph, self.write, self.config
+        waves = self.waves("timestep", config["block_out_channels"][0])
+        if config["time_cond_proj_dim"] is not None:
+            graph.input("timestep_cond", "FLOAT", ["B", config["time_cond_proj_dim"]])
+            guided = write.matmul("timestep_cond", "time_embedding.cond_proj")
+            waves = graph.add("Add", waves, guided)
+        embedded = self.embed(waves, "time_embedding")
+        if config["addition_time_embed_dim"] is not None:
+            graph.input("text_embeds", "FLOAT", ["B", "E"])
+            graph.input("time_ids", "FLOAT", ["B", 6])
+            sizes = self.waves("time_ids", config["addition_time_embed_dim"])
+            sizes = graph.add("Reshape", sizes, graph.ints(0, -1))
+            added = graph.add("Concat", "text_embeds", sizes, axis=-1)
+            embedded = graph.add("Add", embedded, self.embed(added, "add_embedding"))
+        return write.silu(embedded)
+
+    def waves(self, steps: str, width: int) -> str:
+        """Spread numbers over sines and cosines, as `timestep_embedding`: [*shape, width]."""
+        graph, half = self.write.graph, width // 2
+        slope = np.float32(-np.log(10000) / (half - self.config["freq_shift"]))
+        values = np.exp(slope * np.arange(half, dtype=np.float32))
+        frequencies = graph.weight(f"{steps}.frequencies", values)
+        angles = graph.add("Mul", _unsqueeze(graph, steps, -1), frequencies)
+        waves = [graph.add("Cos", angles), graph.add("Sin", angles)]
+        if not self.config["flip_sin_to_cos"]:
+            waves.reverse()
+        return graph.add("Concat", *waves, axis=-1)
+
+    def embed(self, hidden: str, path: str) -> str:
+        hidden = self.write.silu(self.write.linear(hidden, f"{path}.linear_1"))
+        return self.write.linear(hidden, f"{path}.linear_2")
+
+    def go_down(self, hidden: str, time: str, level: int, skips: list[str]) -> str:
+        """Write one level on the way down; every map on it joins `skips`."""
+        path = f"down_blocks.{level}"
+        for index in range(self.config["layers_per_block"]):
+            hidden = self.resnet(hidden, time, f"{path}.resnets.{index}")
+            if self.config["down_attention"][level]:
+                hidden = self.transformer(hidden, level, f"{path}.attentions.{index}")
+            skips.append(hidden)
+        if level < len(self.config["block_out_channels"]) - 1:
+            hidden = self.write.conv(hidden, f"{path}.downsamplers.0.conv", stride=2, pad=1)
+            skips.append(hidden)
+        return hidden
+
+    def turn(self, hidden: str, time: str) -> str:
+        """Write the coarsest block."""
+        hidden = self.resnet(hidden, time, "mid_block.resnets.0")
+        if not self.config["mid_attention"]:
+            return hidden
+        level, depth = len(self.config["block_out_channels"]) - 1, "mid_transformer_layers"
+        hidden = self.transformer(hidden, level, "mid_block.attentions.0", self.config[depth])
+        return self.resnet(hidden, time, "mid_block.resnets.1")
+
+    def go_up(self, hidden: str, time: str, level: int, skips: list[str]) -> str:
+        """Write one level on the way up; takes its maps from the end of `skips`."""
+        graph, config = self.write.graph, self.config
+        path = f"up_blocks.{len(config['block_out_channels']) - 1 - level}"
+        has_attention = (config["up_attention"] or config["down_attention"])[level]
+        for index in range(config["layers_per_block"] + 1):
+            both = graph.add("Concat", hidden, skips.pop(), axis=1)
+            hidden = self.resnet(both, time, f"{path}.resnets.{index}")
+            if has_attention:
+                hidden = self.transformer(hidden, level, f"{path}.attentions.{index}")
+        if level > 0:
+            # An odd edge was rounded up on the way down: double to what the skip has, not by two.
+            size = graph.add("Shape", skips[-1], start=2, end=4)
+            size = graph.add("Concat", graph.add("Shape", hidden, end=2), size, axis=0)
+            hidden = _repeat_pixels(graph, hidden, "", size)
+            hidden = self.write.conv(hidden, f"{path}.upsamplers.0.conv", pad=1)
+        return hidden
+
+    def resnet(self, hidden: str, time: str, path: str) -> str:
+        groups, eps = self.config["norm_num_groups"], self.config["norm_eps"]
+        return _resnet(self.write, hidden, path, groups, eps, time)
+
+    def transformer(self, hidden: str, level: int, path: str, depth: int | None = None) -> str:
+        """Write what a map's points see of each other and of the words: [B, C, h, w]."""
+        graph, write, config = self.write.graph, self.write, self.config
+        heads = config["num_attention_heads"][level]
+        depth = config["transformer_layers_per_block"][level] if depth is None else depth
+        groups = config["norm_num_groups"]
+        normed = write.group_norm(hidden, f"{path}.norm", groups, _TRANSFORMER_EPS)
+        tokens = write.linear(_to_tokens(graph, normed), f"{path}.proj_in")
+        for index in range(depth):
+            tokens = self.transformer_block(tokens, heads, f"{path}.transformer_blocks.{index}")
+        tokens = write.linear(tokens, f"{path}.proj_out")
+        return graph.add("Add", _to_map(graph, tokens, hidden), hidden)
+
+    def transformer_block(self, tokens: str, heads: int, path: str) -> str:
+        graph, write = self.write.graph, self.write
+        for number, context in ((1, None), (2, "encoder_hidden_states")):
+            normed = write.norm(tokens, f"{path}.norm{number}", _LAYER_NORM_EPS)
+            mixed = _attend(write, normed, context or normed, f"{path}.attn{number}", heads)
+            tokens = graph.add("Add", tokens, mixed)
+        normed = write.norm(tokens, f"{path}.norm3", _LAYER_NORM_EPS)
+        wide = write.linear(normed, f"{path}.ff.net.0.proj")
+        value, gate = f"{path}.value", f"{path}.gate"
+        graph.add("Split", wide, to=[value, gate], axis=-1, num_outputs=2)
+        wide = graph.add("Mul", value, graph.add(".Gelu", gate))
+        return graph.add("Add", tokens, write.linear(wide, f"{path}.ff.net.2"))
+
+
+# --- the autoencoder ------------------------------------------------------------------------------
+
+
+def vae_encoder_graph(config: Config, weights: Weights) -> Graph:
+    """Write `pixel_values` [B, 3, H, W] to `mean` and `log_variance` [B, c, h, w]."""
+    graph = Graph("vae_encoder")
+    write, levels = LayerWriter(graph, weights), len(config["block_out_channels"])
+    graph.input("pixel_values", "FLOAT", ["B", config["in_channels"], "H", "W"])
+    hidden = write.conv("pixel_values", "encoder.conv_in", pad=1)
+    for level in range(levels):
+        path = f"encoder.down_blocks.{level}"
+        for index in range(config["layers_per_block"]):
+            hidden = _vae_resnet(write, config, hidden, f"{path}.resnets.{index}")
+        if level < levels - 1:
+            # The VAE was trained with padding on the right and bottom only.
+            pad = (0, 0, 1, 1)
+            hidden = write.conv(hidden, f"{path}.downsamplers.0.conv", stride=2, pad=pad)
+    hidden = _vae_middle(write, config, hidden, "encoder")
+    hidden = write.conv(hidden, "encoder.conv_out", pad=1)
+    if config["use_quant_conv"]:
+        hidden = write.conv(hidden, "quant_conv")
+    shape = ["B", config["latent_channels"], "h", "w"]
+    mean, log_variance = graph.output("mean", shape), graph.output("log_variance", shape)
+    graph.add("Split", hidden, to=[mean, "spread"], axis=1, num_outputs=2)
+    low, high = (graph.weight(f"edge.{edge}", np.float32(edge)) for edge in (-30, 20))
+    graph.add("Clip", "spread", low, high, to=log_variance)
+    return graph
+
+
+def vae_decoder_graph(config: Config, weights: Weights) -> Graph:
+    """Write `latents` [B, c, h, w] to `pixel_values` [B, 3, H, W]."""
+    graph = Graph("vae_decoder")
+    write, levels = LayerWriter(graph, weights), len(config["block_out_channels"])
+    hidden = graph.input("latents", "FLOAT", ["B", config["latent_channels"], "h", "w"])
+    if config["use_post_quant_conv"]:
+        hidden = write.conv(hidden, "post_quant_conv")
+    hidden = write.conv(hidden, "decoder.conv_in", pad=1)
+    hidden = _vae_mid_block(write, config, hidden, "decoder.mid_block")
+    twice = graph.weight("twice", np.array([1, 1, 2, 2], np.float32))
+    for level in range(levels):
+        path = f"decoder.up_blocks.{level}"
+        for index in range(config["layers_per_block"] + 1):
+            hidden = _vae_resnet(write, config, hidden, f"{path}.resnets.{index}")
+        if level < levels - 1:
+            hidden = _repeat_pixels(graph, hidden, twice)
+            hidden = write.conv(hidden, f"{path}.upsamplers.0.conv", pad=1)
+    hidden = _vae_end(write, config, hidden, "decoder")
+    output = graph.output("pixel_values", ["B", config["out_channels"], "H", "W"])
+    write.conv(hidden, "decoder.conv_out", pad=1, to=output)
+    return graph
+
+
+def _vae_middle(write: LayerWriter, config: Config, hidden: str, path: str) -> str:
+    return _vae_end(write, config, _vae_mid_block(write, config, hidden, f"{path}.mid_block"), path)
+
+
+def _vae_end(write: LayerWriter, config: Config, hidden: str, path: str) -> str:
+    groups = config["norm_num_groups"]
+    return write.silu(write.group_norm(hidden, f"{path}.conv_norm_out", groups, _VAE_EPS))
+
+
+def _vae_resnet(write: LayerWriter, config: Config, hidden: str, path: str) -> str:
+    return _resnet(write, hidden, path, config["norm_num_groups"], _VAE_EPS)
+
+
+def _vae_mid_block(write: LayerWriter, config: Config, hidden: str, path: str) -> str:
+    graph = write.graph
+    hidden = _vae_resnet(write, config, hidden, f"{path}.resnets.0")
+    if config["mid_attention"]:
+        attention, groups = f"{path}.attentions.0", config["norm_num_groups"]
+        normed = write.group_norm(hidden, f"{attention}.group_norm", groups, _VAE_EPS)
+        tokens = _to_tokens(graph, normed)
+        mixed = _attend(write, tokens, tokens, attention, 1)
+        hidden = graph.add("Add", _to_map(graph, mixed, hidden), hidden)
+    return _vae_resnet(write, config, hidden, f"{path}.resnets.1")
+
+
+# --- what both are made of ------------------------------------------------------------------------
+
+
+def _resnet(
+    write: LayerWriter, hidden: str, path: str, groups: int, eps: float, time: str = ""
+) -> str:
+    """Write two normed convolutions beside the input; `time` [B, width] joins between them."""
+    graph, residual = write.graph, hidden
+    hidden = write.silu(write.group_norm(hidden, f"{path}.norm1", groups, eps))
+    hidden = write.conv(hidden, f"{path}.conv1", pad=1)
+    if time:
+        added = write.linear(time, f"{path}.time_emb_proj")
+        added = graph.add("Unsqueeze", added, graph.ints(2, 3))
+        hidden = graph.add("Add", hidden, added)
+    hidden = write.silu(write.group_norm(hidden, f"{path}.norm2", groups, eps))
+    hidden = write.conv(hidden, f"{path}.conv2", pad=1)
+    if f"{path}.conv_shortcut.weight" in write.source:
+        residual = write.conv(residual, f"{path}.conv_shortcut")
+    return graph.add("Add", hidden, residual)
+
+
+def _attend(write: LayerWriter, hidden: str, context: str, path: str, heads: int) -> str:
+    """Write attention of `hidden` [B, T, D] to `context` [B, S, E]."""
+    parts = []
+    for name, seen in (("to_q", hidden), ("to_k", context), ("to_v", context)):
+        has_bias = f"{path}.{name}.bias" in write.source
+        parts.append((write.linear if has_bias else write.matmul)(seen, f"{path}.{name}"))
+    size = len(write.source[f"{path}.to_q.weight"]) // heads
+    mixed = write.graph.add(".MultiHeadAttention", *parts, num_heads=heads, scale=size**-0.5)
+    return write.linear(mixed, f"{path}.to_out.0")
+
+
+def _to_tokens(graph: Graph, pixels: str) -> str:
+    """Turn [B, C, h, w] into [B, h*w, C]."""
+    return graph.add(
+        "Transpose", graph.add("Reshape", pixels, graph.ints(0, 0, -1)), perm=[0, 2, 1]
+    )
+
+
+def _to_map(graph: Graph, tokens: str, like: str) -> str:
+    """Turn [B, h*w, C] into the shape of `like`, [B, C, h, w]."""
+    channels_first = graph.add("Transpose", tokens, perm=[0, 2, 1])
+    return graph.add("Reshape", channels_first, graph.add("Shape", like))
+
+
+def _repeat_pixels(graph: Graph, pixels: str, *scales_or_sizes: str) -> str:
+    return graph.add(
+        "Resize",
+        *(pixels, "", *scales_or_sizes),
+        mode="nearest",
+        coordinate_transformation_mode="asymmetric",
+        nearest_mode="floor",
+    )
+
+
+def _unsqueeze(graph: Graph, value: str, axis: int) -> str:
+    return graph.add("Unsqueeze", value, graph.ints(axis))
