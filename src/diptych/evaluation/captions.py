@@ -14,7 +14,14 @@ import numpy as np
 from diptych.errors import BadInput
 from diptych.evaluation.caption_metrics import CaptionScores, bootstrap_interval, score_captions
 
-__all__ = ["CaptionReport", "Described", "read_captions", "read_references", "report"]
+__all__ = [
+    "CaptionReport",
+    "Described",
+    "read_captions",
+    "read_json_lines",
+    "read_references",
+    "report",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +65,7 @@ def read_references(path: Path, images: Path | None = None, split: str = "") -> 
     """
     folder = path.parent if images is None else images
     described = []
-    for number, row in _json_lines(path):
+    for number, row in read_json_lines(path):
         if split and row.get("split") != split:
             continue
         name = row.get("file", row.get("file_name"))
@@ -83,7 +90,7 @@ def read_captions(path: Path, described: Sequence[Described]) -> list[str]:
     Raises `BadInput` where one is missing, or two fit.
     """
     found: dict[str, dict[str, str]] = {}  # last part of the path → whole path → caption
-    for number, row in _json_lines(path):
+    for number, row in read_json_lines(path):
         name, text = row.get("file"), row.get("text", "" if "error" in row else None)
         if not isinstance(name, str) or not isinstance(text, str):
             raise BadInput(f"{path}, line {number}: needs 'file' and 'text'")
@@ -147,7 +154,8 @@ def _best_constant(
     return max(scored, key=lambda pair: pair[1].cider_d)
 
 
-def _json_lines(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+def read_json_lines(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+    """Yield line numbers from 1 and objects of a file of JSON lines, blank lines left out."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

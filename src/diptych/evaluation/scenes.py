@@ -8,6 +8,7 @@ whether a generator draws what the sentence says.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -197,9 +198,8 @@ def _any_scene(rng: np.random.Generator) -> Scene:
     kind = rng.random()
     background = _pick(rng, BACKGROUNDS) if rng.random() < 0.25 else None
     if kind < 0.6:
-        return Scene(
-            (_group(rng, 1 if kind < 0.35 else 2 + int(rng.integers(2))),), None, background
-        )
+        count = 1 if kind < 0.35 else 2 + int(rng.integers(2))
+        return Scene((_group(rng, count),), None, background)
     relation = _pick(rng, RELATIONS) if kind < 0.9 else None
     return Scene(_two_groups(rng), relation, background)
 
@@ -250,15 +250,15 @@ def evaluation_prompts(n: int = 300, seed: int = 2024) -> list[ScenePrompt]:
     for index in range(n):
         task = TASKS[index % len(TASKS)]
         count = 1 + index // len(TASKS) % 3
-        scene = _unseen(lambda task=task, count=count: _TASK_SCENES[task](rng, count), seen)
+        scene = _unseen(task, count, rng, seen)
         prompts.append(ScenePrompt(task, scene))
     return prompts
 
 
-def _unseen(draw: Callable[[], Scene], seen: set[Scene]) -> Scene:
-    for attempt in range(5000):
-        scene = draw()
-        if held_out(scene) and (scene not in seen or attempt > 3000):
+def _unseen(task: str, count: int, rng: np.random.Generator, seen: set[Scene]) -> Scene:
+    for attempt in itertools.count():
+        scene = _TASK_SCENES[task](rng, count)
+        if held_out(scene) and (scene not in seen or attempt > 200):
             break
     seen.add(scene)
     return scene
