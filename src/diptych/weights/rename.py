@@ -2,16 +2,28 @@
 
 A rule pairs two module paths, `{}` standing for a number: what follows the path (`.weight`,
 `.bias`, …) passes through. Rules for whole names are in a table of their own. Both are looked up,
-not searched, so a name matches one rule or none.
+not searched, so a name matches one rule or none: a rule that says its numbers goes before one that
+leaves them open. Where the file has several tensors in one, the rule names all of them, in order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-__all__ = ["LEAVES", "Dialect", "Renamed", "backwards", "forwards", "reshape"]
+__all__ = [
+    "LEAVES",
+    "Dialect",
+    "Renamed",
+    "Reshape",
+    "Rules",
+    "Scheme",
+    "backwards",
+    "forwards",
+    "pieces",
+    "reshape",
+]
 
 LEAVES = frozenset({"weight", "bias", "running_mean", "running_var", "num_batches_tracked"})
 
@@ -19,7 +31,11 @@ LEAVES = frozenset({"weight", "bias", "running_mean", "running_var", "num_batche
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 Pairs = tuple[tuple[str, str], ...]
-Rules = tuple[tuple[str, str | None], ...]
+Target = str | tuple[str, ...] | None  # several names: the file has them in one, along the rows
+Rules = tuple[tuple[str, Target], ...]
+
+# How a tensor is stored: the other way round, or as the 1x1 convolution that its matrix stands for.
+Reshape = Literal["transpose", "squeeze"]
 
 
 class Dialect(Protocol):
@@ -41,7 +57,19 @@ class Dialect(Protocol):
     @property
     def TENSORS(self) -> Rules: ...
     @property
-    def RESHAPE(self) -> Mapping[str, Literal["transpose"]]: ...
+    def RESHAPE(self) -> Mapping[str, Reshape]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """Hold a dialect whose rules follow from a config."""
+
+    NAME: str
+    TELLTALE: str
+    RULES: Rules
+    TENSORS: Rules = ()
+    ALIASES: Pairs = ()
+    RESHAPE: Mapping[str, Reshape] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +92,13 @@ def forwards(dialect: Dialect, names: Iterable[str]) -> Renamed:
     dropped, unknown = [], []
     for name in names:
         spelling = name[len(prefix) :]
-        known, target = rules.apply(aliases.apply(spelling)[1] or spelling)
-        if not known:
+        (alias, *_) = aliases.apply(spelling) or (spelling,)
+        targets = rules.apply(alias)
+        if targets is None:
             unknown.append(name)
-        elif target is None:
+        elif not targets:
             dropped.append(name)
-        else:
+        for target in targets or ():
             claims.setdefault(target, []).append(name)
     return Renamed(
         names={target: claimed[0] for target, claimed in claims.items()},
@@ -84,16 +113,21 @@ def backwards(dialect: Dialect, names: Iterable[str]) -> dict[str, str]:
     rules = _Table(_inverse(dialect.RULES), _inverse(dialect.TENSORS))
     found = {}
     for name in names:
-        _, target = rules.apply(name)
-        if target is None:
+        targets = rules.apply(name)
+        if targets is None:
             raise KeyError(f"no rule of {dialect.NAME} leads to {name}")
-        found[name] = target
+        (found[name],) = targets
     return found
 
 
-def reshape(dialect: Dialect, name: str) -> Literal["transpose"] | None:
+def pieces(dialect: Dialect, name: str) -> tuple[str, ...]:
+    """Return the names in the module of what the tensor `name` in the file holds, in order."""
+    return _Table(dialect.RULES, dialect.TENSORS).apply(name) or ()
+
+
+def reshape(dialect: Dialect, name: str) -> Reshape | None:
     """Return how a tensor is stored, by its name as `backwards` gives it; None as it is."""
-    return dialect.RESHAPE.get(_pattern(name)[0])
+    return dialect.RESHAPE.get(name) or dialect.RESHAPE.get(_pattern(name)[0])
 
 
 def _wrapper(names: list[str]) -> str:
@@ -107,7 +141,11 @@ def _wrapper(names: list[str]) -> str:
 
 
 def _inverse(rules: Rules) -> Pairs:
-    return tuple((module, file) for file, module in rules if module is not None)
+    pairs = []
+    for file, target in rules:
+        modules = (target,) if isinstance(target, str) else target or ()
+        pairs += [(module, file) for module in modules]
+    return tuple(pairs)
 
 
 class _Table:
@@ -116,21 +154,24 @@ class _Table:
     def __init__(self, paths: Rules, tensors: Rules) -> None:
         self._paths, self._tensors = dict(paths), dict(tensors)
 
-    def apply(self, name: str) -> tuple[bool, str | None]:
-        """Say whether a rule knows `name`, and return the new one, None where it is dropped."""
-        pattern, numbers = _pattern(name)
-        if pattern in self._tensors:
-            return True, _filled(self._tensors[pattern], numbers)
+    def apply(self, name: str) -> tuple[str, ...] | None:
+        """Return the new names, none where a rule drops it; None where no rule knows it."""
+        if (found := _look_up(self._tensors, name)) is not None:
+            return found
         path, _, leaf = name.rpartition(".")
-        pattern, numbers = _pattern(path)
-        if leaf not in LEAVES or pattern not in self._paths:
-            return False, None
-        target = _filled(self._paths[pattern], numbers)
-        return True, None if target is None else f"{target}.{leaf}"
+        found = _look_up(self._paths, path) if leaf in LEAVES else None
+        return None if found is None else tuple(f"{target}.{leaf}" for target in found)
 
 
-def _filled(pattern: str | None, numbers: list[str]) -> str | None:
-    return None if pattern is None else pattern.format(*numbers)
+def _look_up(rules: Mapping[str, Target], name: str) -> tuple[str, ...] | None:
+    pattern, numbers = _pattern(name)
+    # As it stands first: where a rule says its numbers, it means these and no others.
+    key = name if pattern and name in rules else pattern
+    if key not in rules:
+        return None
+    target = rules[key]
+    targets = (target,) if isinstance(target, str) else target or ()
+    return tuple(each.format(*numbers) if key == pattern else each for each in targets)
 
 
 def _pattern(name: str) -> tuple[str, list[str]]:
