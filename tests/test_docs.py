@@ -180,7 +180,8 @@ def parse(arguments: list[str]) -> None:
     """Send arguments through the real app up to, and not into, the verb; then check the options."""
     from typer.main import get_command
 
-    from diptych.cli import _meant, app
+    from diptych.cli import app
+    from diptych.cli.flags import meant
     from diptych.image_to_text.options import CaptionOptions
 
     command, name = get_command(app), "diptych"
@@ -194,7 +195,7 @@ def parse(arguments: list[str]) -> None:
         command, name, arguments = command.commands[rest[0]], rest[0], rest[1:]
     values = command.make_context(name, list(arguments)).params
     names = {field.name for field in dataclasses.fields(CaptionOptions)}
-    asked = {n: _meant(v) for n, v in values.items() if n in names and v is not None}
+    asked = {n: meant(v) for n, v in values.items() if n in names and v is not None}
     CaptionOptions().replace(**asked)
 
 

@@ -1,0 +1,82 @@
+"""Open the door for the command line: `diptych <verb>`; flags are built from the options.
+
+stdout carries the result, stderr progress and complaints. Exit codes: 0 ok, 1 failed, 2 usage,
+3 some inputs failed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Annotated
+
+import typer
+
+from diptych.cli import caption, evaluate, models
+from diptych.cli.terminal import FAILED, INTERRUPTED, USAGE, complain
+from diptych.errors import BadImage, BadInput, DiptychError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="diptych",
+    help="Pictures into words, on this machine.",
+    no_args_is_help=True,
+    # Rich draws help prettily, and takes longer to import than the whole of diptych: plain is fast.
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.command()(caption.caption)
+app.command()(models.export)
+app.command()(models.models)
+app.add_typer(evaluate.app, name="evaluate")
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A file name or caption that the terminal cannot show is shown escaped, not fatal.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = app(standalone_mode=False) or 0
+        if code == INTERRUPTED:
+            complain("interrupted")
+        sys.exit(code)
+    except (KeyboardInterrupt, typer.Abort):
+        complain("interrupted")
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        # The reader left (`| head`): say nothing, and keep Python from flushing into the void.
+        sys.stdout = None
+        sys.exit(0)
+    except DiptychError as error:
+        complain(str(error))
+        usage = isinstance(error, BadInput) and not isinstance(error, BadImage)
+        sys.exit(USAGE if usage else FAILED)
+    except Exception as error:
+        # Click's own complaints: an unknown flag, a missing argument.
+        if not hasattr(error, "format_message"):
+            raise
+        error.show()  # type: ignore[attr-defined]
+        sys.exit(USAGE)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from diptych import __version__
+
+        print(f"diptych {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass

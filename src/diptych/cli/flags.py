@@ -1,0 +1,90 @@
+"""Describe flags to Typer: those that verbs share, and one for each field of an options class."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from typing import Annotated, Any, Optional
+
+import typer
+
+from diptych.cli.terminal import Format
+
+__all__ = [
+    "BatchSize",
+    "Device",
+    "Dtype",
+    "Model",
+    "Output",
+    "Revision",
+    "Runtime",
+    "meant",
+    "with_options",
+]
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Name, folder or hub id of a model.")]
+Revision = Annotated[Optional[str], typer.Option(help="Commit or branch of a hub model.")]  # noqa: UP045
+Runtime = Annotated[str, typer.Option(help="auto, onnxruntime or torch.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pictures captioned together.")]
+Output = Annotated[Format, typer.Option("--format", "-f", help="How to print the results.")]
+
+
+_PANELS = {
+    "CaptionOptions": "diptych.image_to_text.options",
+    "GenerateOptions": "diptych.text_to_image.options",
+}
+
+
+def with_options(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a verb one flag for each field of the options dataclass named `kind`.
+
+    The verb receives the filled dataclass as its argument `options`.
+    """
+
+    def decorate(verb: Callable[..., Any]) -> Callable[..., Any]:
+        def run(**values: Any) -> Any:
+            fields = dataclasses.fields(options_class())
+            asked = {f.name: values.pop(f.name) for f in fields}
+            asked = {name: meant(value) for name, value in asked.items() if value is not None}
+            return verb(options=options_class()().replace(**asked), **values)
+
+        def options_class() -> Any:
+            return getattr(import_module(_PANELS[kind]), kind)
+
+        signature = inspect.signature(verb, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.name != "options"]
+        flags = [_flag(field) for field in dataclasses.fields(options_class())]
+        parameters = [*own, *flags]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        run.__name__, run.__doc__ = verb.__name__, verb.__doc__
+        return run
+
+    return decorate
+
+
+def _flag(field: Any) -> inspect.Parameter:
+    """Describe one field of an options dataclass to Typer."""
+    meta = field.metadata
+    kind = str if "never" in meta["choices"] else meta["kind"]
+    dashed = f"--{field.name.replace('_', '-')}"
+    names = [f"{dashed}/--no-{dashed[2:]}"] if kind is bool else [dashed]
+    default = "the model's" if meta["from_model"] else str(meta["default"] or "none")
+    option = typer.Option(*names, help=meta["help"], show_default=default)
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[Optional[kind], option],  # noqa: UP045
+    )
+
+
+def meant(value: Any) -> Any:
+    """Turn the words true and false of a flag with several choices into what they mean."""
+    if not isinstance(value, str):
+        return value
+    return {"true": True, "false": False}.get(value.lower(), value)

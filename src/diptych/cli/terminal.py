@@ -1,0 +1,67 @@
+"""Talk to the terminal: progress and complaints on stderr, exit codes, names of files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+
+from diptych.errors import BadInput
+
+__all__ = [
+    "FAILED",
+    "INTERRUPTED",
+    "SOME_FAILED",
+    "USAGE",
+    "Format",
+    "check_writable",
+    "complain",
+    "progress",
+]
+
+FAILED, USAGE, SOME_FAILED, INTERRUPTED = 1, 2, 3, 130
+
+
+class Format(StrEnum):
+    """Name the ways to print results."""
+
+    text = "text"
+    json = "json"
+    jsonl = "jsonl"
+
+
+class progress:
+    """Show a bar on stderr for more than a few things, if somebody is there to see it."""
+
+    def __init__(self, title: str, total: int, hide: bool = False) -> None:
+        self.title, self.total = title, total
+        self.shown = total > 3 and not hide and sys.stderr.isatty()
+
+    def __enter__(self) -> Callable[[], None]:
+        if not self.shown:
+            return lambda: None
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self.bar = Progress(console=Console(stderr=True), transient=True)
+        self.bar.start()
+        task = self.bar.add_task(self.title, total=self.total)
+        return lambda: self.bar.advance(task)
+
+    def __exit__(self, *_: object) -> None:
+        if self.shown:
+            self.bar.stop()
+
+
+def complain(message: str) -> None:
+    """Write one line to stderr."""
+    print(f"diptych: {message}", file=sys.stderr, flush=True)
+
+
+def check_writable(path: Path, suffixes: tuple[str, ...] = ()) -> None:
+    """Raise `BadInput` before the work is done, not after it, for a file that cannot be written."""
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise BadInput(f"{path}: give a name that ends in {' or '.join(suffixes)}")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise BadInput(f"{path}: cannot be written; is it in a folder that exists?")
