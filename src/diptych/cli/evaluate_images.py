@@ -1,0 +1,172 @@
+"""The verb `evaluate images`: whether pictures of scenes show what their prompts say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from diptych.cli.flags import Device, Dtype, Model, Output, Revision, Runtime, with_options
+from diptych.cli.terminal import SOME_FAILED, Format, complain, progress
+from diptych.errors import BadInput, DiptychError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from diptych.evaluation.adherence import AdherenceReport, Score
+    from diptych.evaluation.scenes import ScenePrompt
+    from diptych.text_to_image.generator import ImageGenerator
+
+__all__ = ["evaluate_images"]
+
+
+@with_options("GenerateOptions")
+def evaluate_images(
+    pictures: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(
+            help="JSON lines with 'file' and 'prompt' of pictures to judge; else a model draws."
+        ),
+    ] = None,
+    *,
+    options: Any,
+    model: Model = "default",
+    count: Annotated[int, typer.Option(min=1, help="Held-out prompts to draw.")] = 300,
+    prompts_seed: Annotated[int, typer.Option(min=0, help="Another seed, other prompts.")] = 2024,
+    save_images: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Keep the pictures and their judgements in this folder."),
+    ] = None,
+    format: Output = Format.text,
+    batch_size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Pictures made together; else as many as suits the device."),
+    ] = None,
+    runtime: Runtime = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+) -> None:
+    """Check drawn scenes for objects, colours, counts and places, beside what chance scores."""
+    from diptych.evaluation.adherence import read_scene_prompts, report
+    from diptych.evaluation.scenes import evaluation_prompts
+
+    if save_images is not None:
+        _make_folder(save_images)
+    if pictures is not None:
+        prompts, files = read_scene_prompts(pictures)
+        seen, failed = read_pictures(files)
+    else:
+        from diptych.text_to_image.generator import ImageGenerator
+
+        generator = ImageGenerator.load(
+            model, runtime=runtime, device=device, dtype=dtype, revision=revision
+        )
+        repeats = range(options.num_images_per_prompt)
+        prompts = [each for each in evaluation_prompts(count, prompts_seed) for _ in repeats]
+        options = options.replace(num_images_per_prompt=1, seed=options.seed or 0)
+        seen, failed = draw_pictures(generator, prompts, options, batch_size)
+    found = report(prompts, seen)
+    if save_images is not None:
+        _save(save_images, prompts, seen, found)
+    if format is not Format.text:
+        print(json.dumps(found.as_dict(), indent=2 if format is Format.json else None))
+    else:
+        print_adherence(found)
+    if failed:
+        raise typer.Exit(SOME_FAILED)
+
+
+def read_pictures(files: Sequence[Path]) -> tuple[list[Image.Image], int]:
+    """Return every picture, a blank one where it cannot be read, and how many could not."""
+    from diptych.images import open_image
+
+    seen, failed = [], 0
+    for path in files:
+        try:
+            seen.append(open_image(path))
+        except DiptychError as error:
+            failed += 1
+            complain(f"{path}: {error}")
+            seen.append(_nothing())
+    if failed == len(files):
+        raise BadInput("not one of the pictures can be read: paths are relative to the JSON lines")
+    return seen, failed
+
+
+def draw_pictures(
+    generator: ImageGenerator,
+    prompts: Sequence[ScenePrompt],
+    options: Any,
+    batch_size: int | None,
+) -> tuple[list[Image.Image], int]:
+    """Generate a picture for every prompt, picture i from seed + i; count those that failed."""
+    seen, failed = [], 0
+    with progress("drawing", len(prompts)) as advance:
+        texts = [each.prompt for each in prompts]
+        for made in generator.images(texts, options, batch_size=batch_size):
+            if made.error is not None:
+                failed += 1
+                complain(f"{made.prompt}: {made.error}")
+            seen.append(_nothing() if made.error is not None else made.image)
+            advance()
+    if failed == len(prompts):
+        raise DiptychError("not one of the pictures could be made")
+    return seen, failed
+
+
+def _nothing() -> Image.Image:
+    """Return what a picture that could not be made or read is judged as."""
+    from PIL import Image
+
+    return Image.new("RGB", (128, 128), "white")
+
+
+def print_adherence(found: AdherenceReport) -> None:
+    """Print a row for each task, then those over all pictures, chance beside each."""
+    from rich.console import Console
+    from rich.table import Table
+
+    chance = ("wrong prompts", "guessing")
+    table = Table("", "score", "95 % interval", *chance, "pictures", box=None, pad_edge=False)
+    for name, score in found.tasks.items():
+        table.add_row(name, *_cells(score))
+    table.add_section()
+    for name, score in found.overall.items():
+        table.add_row(f"all: {name}", *_cells(score))
+    Console(width=120).print(table)
+
+
+def _cells(score: Score) -> list[str]:
+    low, high = score.interval
+    guess = "" if score.guess is None else f"{score.guess:.1%}"
+    interval = f"{low:.1%} to {high:.1%}"
+    return [f"{score.share:.1%}", interval, f"{score.dealt:.1%}", guess, str(score.num)]
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{folder}: no such folder can be made ({error})") from error
+
+
+def _save(
+    folder: Path,
+    prompts: Sequence[ScenePrompt],
+    seen: Sequence[Image.Image],
+    found: AdherenceReport,
+) -> None:
+    """Write the pictures, and lines that `evaluate images` reads back."""
+    lines = []
+    for number, (prompt, picture) in enumerate(zip(prompts, seen, strict=True)):
+        file = f"{number:04}.png"
+        picture.save(folder / file)
+        objects = [[each.colour, each.shape] for each in found.found[number]]
+        record = {"file": file, "prompt": prompt.prompt, "task": prompt.task}
+        passed = found.judgements[number].passed
+        lines.append(json.dumps({**record, "passed": passed, "found": objects}) + "\n")
+    (folder / "pictures.jsonl").write_text("".join(lines), encoding="utf-8")
