@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from diptych.errors import UnknownModel, UnsupportedModel, WeightsMismatch
 from diptych.weights.bounded_json import Rejected, read_object
@@ -22,16 +22,40 @@ from diptych.weights.generation import filter_words, generation_defaults
 from diptych.weights.pickles import LEGACY_START, read_pickle
 from diptych.weights.tensors import FETCH_ANEW, StoredTensor, read_safetensors
 
-__all__ = ["ModelFolder", "contents", "describe", "read_checkpoint", "verify"]
+__all__ = [
+    "ModelFolder",
+    "check_artifact",
+    "contents",
+    "describe",
+    "networks_of",
+    "object_in",
+    "precision_of",
+    "read_checkpoint",
+    "read_document",
+    "read_tensors",
+    "shards_of",
+    "verify",
+]
 
 _CHECKPOINTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 _ARTIFACT_FORMAT, _ARTIFACT_VERSION = "diptych-artifact", 1
-_NETWORKS = frozenset({"encoder", "decoder"})
+_CAPTIONER_NETWORKS = frozenset({"encoder", "decoder"})
 _MAX_INDEX = 25_000_000
 _MAX_SHARDS = 1000
+
+
+class Artifact(Protocol):
+    """Name what `verify` needs of a model on disk."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def networks(self) -> Mapping[str, Path]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +96,14 @@ def describe(folder: Path, name: str | None = None, revision: str | None = None)
         raise type(error)(f"{name}: {str(error).rstrip('.')}.") from error
 
 
-def verify(model: ModelFolder) -> None:
+def verify(model: Artifact) -> None:
     """Compare the ONNX files of an artifact with the hashes it states.
 
     Raises `WeightsMismatch` naming the first file that is another one.
     """
     if not model.networks:
         return
-    stated = _object(_read(model.path, "artifact.json"), "networks")
+    stated = object_in(read_document(model.path, "artifact.json"), "networks")
     for network in model.networks:
         for entry in _entries(stated[network]):
             path = model.path / entry["file"]
@@ -100,7 +124,7 @@ def read_checkpoint(paths: Sequence[Path]) -> dict[str, StoredTensor]:
     """
     found: dict[str, StoredTensor] = {}
     for path in paths:
-        for name, stored in _read_tensors(path).items():
+        for name, stored in read_tensors(path).items():
             if name in found:
                 raise WeightsMismatch(
                     f"{name[:80]} is both in {found[name].file.name} and in {path.name}: "
@@ -138,9 +162,9 @@ def _check_folder(folder: Path, name: str) -> None:
 
 
 def _describe_checkpoint(folder: Path, name: str, revision: str | None) -> ModelFolder:
-    document = _read(folder, "config.json")
+    document = read_document(folder, "config.json")
     config = dialect.read_config(document)
-    words = _read(folder, "generation_config.json", missing=None)
+    words = read_document(folder, "generation_config.json", missing=None)
     return ModelFolder(
         path=folder,
         name=name,
@@ -156,27 +180,28 @@ def _describe_checkpoint(folder: Path, name: str, revision: str | None) -> Model
 
 
 def _describe_artifact(folder: Path, name: str, revision: str | None) -> ModelFolder:
-    document = _read(folder, "artifact.json")
-    _check_artifact(document)
-    config = dialect.check_config(_object(document, "config"))
+    document = read_document(folder, "artifact.json")
+    check_artifact(document, "image-to-text")
+    config = dialect.check_config(object_in(document, "config"))
     if (folder / "config.json").is_file():
-        _check_same(config, dialect.read_config(_read(folder, "config.json")))
+        _check_same(config, dialect.read_config(read_document(folder, "config.json")))
     vocab_size = config["decoder"]["vocab_size"]
     return ModelFolder(
         path=folder,
         name=name,
         revision=revision,
         config=config,
-        preprocessing=_object(document, "preprocessing"),
-        generation=filter_words(_object(document, "generation"), vocab_size),
+        preprocessing=object_in(document, "preprocessing"),
+        generation=filter_words(object_in(document, "generation"), vocab_size),
         tokenizer=_tokenizer(folder),
         weights=_weights(folder),
-        networks=_networks(folder, _object(document, "networks")),
-        precision=_precision(document.get("precision")),
+        networks=networks_of(folder, object_in(document, "networks"), _CAPTIONER_NETWORKS),
+        precision=precision_of(document.get("precision")),
     )
 
 
-def _check_artifact(document: Mapping[str, Any]) -> None:
+def check_artifact(document: Mapping[str, Any], task: str) -> None:
+    """Raise `UnsupportedModel` unless `document` is an artifact for `task` that we can read."""
     if document.get("format") != _ARTIFACT_FORMAT:
         raise UnsupportedModel(f"artifact.json is not of the format {_ARTIFACT_FORMAT}")
     version = document.get("version")
@@ -186,13 +211,16 @@ def _check_artifact(document: Mapping[str, Any]) -> None:
             f"artifact.json is of version {str(version)[:20]}, written by diptych {writer}; this "
             f"diptych reads version {_ARTIFACT_VERSION}: upgrade diptych, or export the model anew"
         )
-    if (task := document.get("task")) != "image-to-text":
-        raise UnsupportedModel(f"artifact.json is for {str(task)[:40]!r}, not image-to-text")
+    if (found := document.get("task")) != task:
+        raise UnsupportedModel(f"artifact.json is for {str(found)[:40]!r}, not {task}")
 
 
-def _networks(folder: Path, entries: Mapping[str, Any]) -> dict[str, Path]:
-    if set(entries) != _NETWORKS:
-        raise UnsupportedModel(f"artifact.json does not name {' and '.join(sorted(_NETWORKS))}")
+def networks_of(
+    folder: Path, entries: Mapping[str, Any], wanted: frozenset[str]
+) -> dict[str, Path]:
+    """Return the ONNX files that an artifact states, each there and with a hash."""
+    if set(entries) != wanted:
+        raise UnsupportedModel(f"artifact.json does not name {' and '.join(sorted(wanted))}")
     found = {}
     for network, entry in sorted(entries.items()):
         paths = [_stated_file(folder, network, each) for each in _entries(entry)]
@@ -232,7 +260,8 @@ def _check_same(artifact: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> N
                 )
 
 
-def _precision(value: Any) -> str:
+def precision_of(value: Any) -> str:
+    """Return the precision that `artifact.json` states."""
     if not isinstance(value, str) or not re.fullmatch(r"[a-z0-9-]{1,16}", value):
         raise UnsupportedModel("artifact.json states no precision")
     return value
@@ -241,7 +270,8 @@ def _precision(value: Any) -> str:
 # --- the files beside -----------------------------------------------------------------------------
 
 
-def _read(folder: Path, name: str, missing: Any = UnsupportedModel) -> Any:
+def read_document(folder: Path, name: str, missing: Any = UnsupportedModel) -> Any:
+    """Return the JSON object in a file of `folder`; with `missing` None, None where it is not."""
     path = folder / name
     if missing is None and not path.is_file():
         return None
@@ -251,7 +281,8 @@ def _read(folder: Path, name: str, missing: Any = UnsupportedModel) -> Any:
         raise UnsupportedModel(f"{name} cannot be used: {error}: {FETCH_ANEW}") from error
 
 
-def _object(document: Mapping[str, Any], word: str) -> dict[str, Any]:
+def object_in(document: Mapping[str, Any], word: str) -> dict[str, Any]:
+    """Return the object that `artifact.json` holds under `word`."""
     value = document.get(word)
     if not isinstance(value, dict):
         raise UnsupportedModel(f"artifact.json has no usable {word!r}")
@@ -259,10 +290,10 @@ def _object(document: Mapping[str, Any], word: str) -> dict[str, Any]:
 
 
 def _preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
-    found = _read(folder, "preprocessor_config.json", missing=None)
+    found = read_document(folder, "preprocessor_config.json", missing=None)
     if found is None:
         # Processors of transformers 5 may be saved in one file with their tokenizer.
-        together = _read(folder, "processor_config.json", missing=None) or {}
+        together = read_document(folder, "processor_config.json", missing=None) or {}
         found = together.get("image_processor")
     if isinstance(found, dict):
         return found
@@ -295,11 +326,12 @@ def _weights(folder: Path) -> tuple[Path, ...]:
         if (folder / single).is_file():
             return (folder / single,)
         if (folder / index).is_file():
-            return _shards(folder, index)
+            return shards_of(folder, index)
     return ()
 
 
-def _shards(folder: Path, index: str) -> tuple[Path, ...]:
+def shards_of(folder: Path, index: str) -> tuple[Path, ...]:
+    """Return the files that an index names, all of them there."""
     try:
         shards = read_object(folder / index, _MAX_INDEX).get("weight_map")
     except Rejected as error:
@@ -332,7 +364,8 @@ def _is_inside(path: Path, folder: Path) -> bool:
     return home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
 
 
-def _read_tensors(path: Path) -> dict[str, StoredTensor]:
+def read_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Return where the tensors of one file lie, be it safetensors or of `torch.save`."""
     try:
         with path.open("rb") as file:
             start = file.read(512)

@@ -17,7 +17,7 @@ from typing import Any
 from diptych.weights.archives import Damaged
 from diptych.weights.tensors import ITEM_SIZES
 
-__all__ = ["MAX_BYTES", "Machine", "PickledStorage", "PickledTensor", "Refused"]
+__all__ = ["INERT", "MAX_BYTES", "Machine", "PickledStorage", "PickledTensor", "Refused"]
 
 MAX_BYTES = 64 << 20  # of pickle; the one of a 239 M parameter captioner has 0.1 MB
 _MAX_STEPS = 4_000_000
@@ -130,6 +130,27 @@ _STORAGES = {
     }.items()
 }
 
+
+class _Nothing:
+    """Stand for what a training run left behind and nobody needs; applied, it is itself."""
+
+
+_NOTHING = _Nothing()
+
+# What the published checkpoints of training runs name beside their tensors. None of it is built.
+INERT = frozenset(
+    {
+        ("_codecs", "encode"),
+        ("__builtin__", "set"),
+        ("builtins", "set"),
+        ("numpy", "dtype"),
+        ("numpy.core.multiarray", "scalar"),
+        ("numpy._core.multiarray", "scalar"),
+        ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"),
+        ("pytorch_lightning.callbacks", "ModelCheckpoint"),
+    }
+)
+
 # --- the machine ----------------------------------------------------------------------------------
 
 _MARK = object()
@@ -143,10 +164,16 @@ _TUPLES = {0x85: 1, 0x86: 2, 0x87: 3}
 
 
 class Machine:
-    """Run pickles that follow each other in `file`; the budgets are for all of them together."""
+    """Run pickles that follow each other in `file`; the budgets are for all of them together.
 
-    def __init__(self, file: io.BufferedIOBase) -> None:
+    What `inert` names comes to nothing, instead of being refused.
+    """
+
+    def __init__(
+        self, file: io.BufferedIOBase, inert: frozenset[tuple[str, str]] = frozenset()
+    ) -> None:
         self._file = file
+        self._inert = inert
         self._bytes_left = MAX_BYTES
         self._steps_left = _MAX_STEPS
         self.storages: dict[str, PickledStorage] = {}
@@ -167,7 +194,7 @@ class Machine:
             ord("e"): lambda: self._extend(self._pop_to_mark()),
             ord("s"): lambda: self._update([self._pop(), self._pop()][::-1]),
             ord("u"): lambda: self._update(self._pop_to_mark()),
-            ord("c"): lambda: self._push(_allowed(self._line(), self._line())),
+            ord("c"): lambda: self._push(self._named(self._line(), self._line())),
             ord("i"): self._instance,
             ord("R"): self._reduce,
             ord("b"): self._build,
@@ -281,6 +308,8 @@ class Machine:
             raise Damaged("its pickle writes into what is no dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
             # Hashing a deep tuple would recurse as deep.
+            if key is _NOTHING:
+                continue
             if not isinstance(key, str | int):
                 raise Damaged("the key of a dict is no text")
             if key in target:
@@ -291,7 +320,10 @@ class Machine:
         name, module = self._pop(), self._pop()
         if not isinstance(name, str) or not isinstance(module, str):
             raise Damaged("a name is no text")
-        self._push(_allowed(module, name))
+        self._push(self._named(module, name))
+
+    def _named(self, module: str, name: str) -> Any:
+        return _NOTHING if (module, name) in self._inert else _allowed(module, name)
 
     def _instance(self) -> None:
         _allowed(self._line(), self._line())
@@ -299,6 +331,9 @@ class Machine:
 
     def _reduce(self) -> None:
         arguments, call = self._pop(), self._pop()
+        if call is _NOTHING:
+            self._push(_NOTHING)
+            return
         if not isinstance(call, _Call) or not isinstance(arguments, tuple):
             raise Damaged("its pickle applies what cannot be applied")
         if not call.least <= len(arguments) <= call.most:
@@ -308,6 +343,8 @@ class Machine:
     def _build(self) -> None:
         # The attributes of an OrderedDict: state_dict() hangs `_metadata` on it. Not needed.
         attributes = self._pop()
+        if self._top() is _NOTHING:
+            return
         if not isinstance(attributes, dict) or not isinstance(self._top(), dict):
             raise Damaged("its pickle sets attributes on what has none")
 

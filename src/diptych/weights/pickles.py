@@ -1,4 +1,4 @@
-"""Read `pytorch_model.bin` without running it: where its tensors lie, and nothing else.
+"""Read `pytorch_model.bin` and `.ckpt` without running them: where tensors lie, and nothing else.
 
 Both containers of `torch.save` are read: the zip archive that torch writes since 1.6, and the
 stream of pickles and numbers before it. `torch.load` is never involved; see `pickle_machine`.
@@ -7,16 +7,17 @@ stream of pickles and numbers before it. `torch.load` is never involved; see `pi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any
 
 from diptych.errors import UnsupportedModel, WeightsMismatch
 from diptych.weights.archives import Damaged, Entry, read_entries
-from diptych.weights.pickle_machine import MAX_BYTES, Machine, PickledTensor, Refused
+from diptych.weights.pickle_machine import INERT, MAX_BYTES, Machine, PickledTensor, Refused
 from diptych.weights.tensors import FETCH_ANEW, ITEM_SIZES, StoredTensor
 
-__all__ = ["LEGACY_START", "read_pickle"]
+__all__ = ["LEGACY_START", "read_embedding_pickle", "read_pickle", "read_training_pickle"]
 
 LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # protocol 2, torch's magic number
 _LEGACY_PROTOCOL = 1001
@@ -28,15 +29,46 @@ def read_pickle(path: Path) -> dict[str, StoredTensor]:
     Raises `UnsupportedModel` for a pickle that asks for more than tensors, naming what it asks
     for, and `WeightsMismatch` for one that is damaged.
     """
+    return _read(path, frozenset(), _state_dict)[0]
+
+
+def read_training_pickle(path: Path) -> tuple[dict[str, StoredTensor], dict[str, float]]:
+    """Return the tensors and the numbers of a checkpoint that a training run left behind.
+
+    Beside the state dict it may hold optimizer, callbacks and counters. Raises as `read_pickle`.
+    """
+    return _read(path, INERT, _training_state)
+
+
+def read_embedding_pickle(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a learned word: from where A1111 keeps them, or of a state dict.
+
+    Raises as `read_pickle`.
+    """
+
+    def pick(found: Any) -> tuple[dict[str, PickledTensor], dict[str, float]]:
+        words = found.get("string_to_param") if isinstance(found, dict) else None
+        return _state_dict(words if isinstance(words, dict) else found)
+
+    return _read(path, frozenset(), pick)[0]
+
+
+def _read(
+    path: Path,
+    inert: frozenset[tuple[str, str]],
+    pick: Callable[[Any], tuple[dict[str, PickledTensor], dict[str, float]]],
+) -> tuple[dict[str, StoredTensor], dict[str, float]]:
     try:
         with path.open("rb") as file:
             if file.read(4) == b"PK\x03\x04":
-                found, storages = _read_archive(file)
+                found, storages = _read_archive(file, inert)
             else:
-                found, storages = _read_stream(file)
+                found, storages = _read_stream(file, inert)
             size = file.seek(0, 2)
-        state = _state_dict(found)
-        return {name: _locate(name, tensor, storages, path, size) for name, tensor in state.items()}
+        tensors, numbers = pick(found)
+        located = {
+            name: _locate(name, tensor, storages, path, size) for name, tensor in tensors.items()
+        }
     except Refused as refused:
         raise UnsupportedModel(
             f"{path}: refuses to run {refused}. A state dict holds tensors and nothing else: "
@@ -46,9 +78,12 @@ def read_pickle(path: Path) -> dict[str, StoredTensor]:
         raise WeightsMismatch(f"{path} is damaged: {error}: {FETCH_ANEW}.") from error
     except OSError as error:
         raise WeightsMismatch(f"{path} cannot be read: {error.strerror or error}.") from error
+    return located, numbers
 
 
-def _read_archive(file: BufferedReader) -> tuple[Any, dict[str, Entry]]:
+def _read_archive(
+    file: BufferedReader, inert: frozenset[tuple[str, str]]
+) -> tuple[Any, dict[str, Entry]]:
     entries = read_entries(file)
     programs = [name for name in entries if name.endswith("/data.pkl")]
     if len(programs) != 1:
@@ -64,7 +99,7 @@ def _read_archive(file: BufferedReader) -> tuple[Any, dict[str, Entry]]:
     if program.size > MAX_BYTES:
         raise Damaged(f"its pickle has {program.size} bytes, more than {MAX_BYTES}")
     file.seek(program.offset)
-    machine = Machine(BytesIO(file.read(program.size)))
+    machine = Machine(BytesIO(file.read(program.size)), inert)
     found = machine.run()
     prefix = root + "data/"
     return found, {
@@ -74,9 +109,11 @@ def _read_archive(file: BufferedReader) -> tuple[Any, dict[str, Entry]]:
     }
 
 
-def _read_stream(file: BufferedReader) -> tuple[Any, dict[str, Entry]]:
+def _read_stream(
+    file: BufferedReader, inert: frozenset[tuple[str, str]]
+) -> tuple[Any, dict[str, Entry]]:
     file.seek(len(LEGACY_START))
-    machine = Machine(file)
+    machine = Machine(file, inert)
     if machine.run() != _LEGACY_PROTOCOL:
         raise Damaged("it is of an unknown protocol")
     system = machine.run()
@@ -101,7 +138,7 @@ def _read_stream(file: BufferedReader) -> tuple[Any, dict[str, Entry]]:
     return found, entries
 
 
-def _state_dict(found: Any) -> dict[str, PickledTensor]:
+def _state_dict(found: Any) -> tuple[dict[str, PickledTensor], dict[str, float]]:
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
     if not isinstance(found, dict):
@@ -109,7 +146,17 @@ def _state_dict(found: Any) -> dict[str, PickledTensor]:
     for name, value in found.items():
         if not isinstance(name, str) or not isinstance(value, PickledTensor):
             raise Damaged(f"{str(name)[:80]!r} in its state dict is not a tensor")
-    return found
+    return found, {}
+
+
+def _training_state(found: Any) -> tuple[dict[str, PickledTensor], dict[str, float]]:
+    if not isinstance(found, dict):
+        raise Damaged("it holds no state dict")
+    nested = found.get("state_dict")
+    state = nested if isinstance(nested, dict) else found
+    tensors = {n: v for n, v in state.items() if isinstance(n, str) and type(v) is PickledTensor}
+    numbers = {n: v for n, v in found.items() if isinstance(n, str) and type(v) in (int, float)}
+    return tensors, numbers
 
 
 def _locate(

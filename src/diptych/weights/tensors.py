@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ __all__ = [
     "SAFETENSORS_NAMES",
     "StoredTensor",
     "read_into",
+    "read_number",
     "read_safetensors",
 ]
 
@@ -78,6 +80,21 @@ class StoredTensor:
     def span_bytes(self) -> int:
         return self.span * ITEM_SIZES[self.dtype]
 
+    def piece(self, index: int, count: int) -> StoredTensor:
+        """Return the `index`th of `count` equal pieces along the rows, which must divide so."""
+        rows = self.shape[0] // count
+        step = math.prod(self.shape[1:]) if self.strides is None else self.strides[0]
+        start = self.offset + index * rows * step * ITEM_SIZES[self.dtype]
+        return replace(self, shape=(rows, *self.shape[1:]), offset=start)
+
+    def squeezed(self) -> StoredTensor:
+        """Return a matrix for the 1x1 convolution that it is stored as."""
+        axes = range(2, len(self.shape))
+        if len(self.shape) < 3 or any(self.shape[axis] != 1 for axis in axes):
+            return self
+        strides = None if self.strides is None else self.strides[:2]
+        return replace(self, shape=self.shape[:2], strides=strides)
+
 
 def read_into(buffer: memoryview, stored: StoredTensor, file: BufferedReader) -> None:
     """Fill `buffer`, of `stored.span_bytes` bytes, from the open `file`."""
@@ -88,6 +105,18 @@ def read_into(buffer: memoryview, stored: StoredTensor, file: BufferedReader) ->
         if not count:
             raise WeightsMismatch(f"{stored.file} has become shorter while it was read.")
         done += count
+
+
+def read_number(stored: StoredTensor) -> float | None:
+    """Return the one number that a tensor holds; None where it is not one, or of a rare type."""
+    layouts = {"int32": "<i", "int64": "<q", "float32": "<f", "float64": "<d"}
+    if math.prod(stored.shape) != 1 or stored.dtype not in layouts:
+        return None
+    data = bytearray(ITEM_SIZES[stored.dtype])
+    with stored.file.open("rb") as file:
+        read_into(memoryview(data), stored, file)
+    number: float = struct.unpack(layouts[stored.dtype], data)[0]
+    return number
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
