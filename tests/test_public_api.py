@@ -12,10 +12,14 @@ NAMES = {
     "CaptionOptions",
     "Captioner",
     "DiptychError",
+    "GenerateOptions",
+    "GeneratedImage",
+    "ImageGenerator",
     "__version__",
     "available_models",
     "caption",
     "export",
+    "generate",
     "pipeline",
 }
 

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from diptych.image_to_text.captioner import export as export
     from diptych.image_to_text.options import CaptionOptions as CaptionOptions
     from diptych.image_to_text.pipeline import pipeline as pipeline
+    from diptych.text_to_image.generated_image import GeneratedImage as GeneratedImage
+    from diptych.text_to_image.generator import ImageGenerator as ImageGenerator
+    from diptych.text_to_image.generator import generate as generate
+    from diptych.text_to_image.options import GenerateOptions as GenerateOptions
     from diptych.weights.catalog import available_models as available_models
 
 # Public name → the module that defines it; imported when first used, so that `import diptych`
@@ -23,9 +27,13 @@ _HOMES = {
     "CaptionOptions": "diptych.image_to_text.options",
     "Captioner": "diptych.image_to_text.captioner",
     "DiptychError": "diptych.errors",
+    "GenerateOptions": "diptych.text_to_image.options",
+    "GeneratedImage": "diptych.text_to_image.generated_image",
+    "ImageGenerator": "diptych.text_to_image.generator",
     "available_models": "diptych.weights.catalog",
     "caption": "diptych.image_to_text.captioner",
     "export": "diptych.image_to_text.captioner",
+    "generate": "diptych.text_to_image.generator",
     "pipeline": "diptych.image_to_text.pipeline",
 }
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from diptych.cli import caption, evaluate, models
+from diptych.cli import caption, evaluate, evaluate_images, generate, models
 from diptych.cli.terminal import FAILED, INTERRUPTED, USAGE, complain
 from diptych.errors import BadImage, BadInput, DiptychError
 
@@ -20,7 +20,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="diptych",
-    help="Pictures into words, on this machine.",
+    help="Pictures into words and words into pictures, on this machine.",
     no_args_is_help=True,
     # Rich draws help prettily, and takes longer to import than the whole of diptych: plain is fast.
     rich_markup_mode=None,
@@ -30,8 +30,10 @@ app = typer.Typer(
 )
 
 app.command()(caption.caption)
+app.command()(generate.generate)
 app.command()(models.export)
 app.command()(models.models)
+evaluate.app.command("images")(evaluate_images.evaluate_images)
 app.add_typer(evaluate.app, name="evaluate")
 
 

@@ -33,31 +33,43 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Pictures captioned together
 Output = Annotated[Format, typer.Option("--format", "-f", help="How to print the results.")]
 
 
+# The class of options of each panel, and where it is.
 _PANELS = {
     "CaptionOptions": "diptych.image_to_text.options",
     "GenerateOptions": "diptych.text_to_image.options",
 }
 
 
-def with_options(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+_SHORTER = {"num_inference_steps": "--steps"}
+
+
+def with_options(
+    kind: str, without: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a verb one flag for each field of the options dataclass named `kind`.
 
-    The verb receives the filled dataclass as its argument `options`.
+    The verb receives the filled dataclass as its argument `options`. The fields `without` mean
+    nothing to the verb and get no flag.
     """
 
     def decorate(verb: Callable[..., Any]) -> Callable[..., Any]:
         def run(**values: Any) -> Any:
-            fields = dataclasses.fields(options_class())
-            asked = {f.name: values.pop(f.name) for f in fields}
-            asked = {name: meant(value) for name, value in asked.items() if value is not None}
+            asked = {
+                field.name: meant(value) if True in field.metadata["choices"] else value
+                for field in fields()
+                if (value := values.pop(field.name)) is not None
+            }
             return verb(options=options_class()().replace(**asked), **values)
+
+        def fields() -> list[Any]:
+            return [f for f in dataclasses.fields(options_class()) if f.name not in without]
 
         def options_class() -> Any:
             return getattr(import_module(_PANELS[kind]), kind)
 
         signature = inspect.signature(verb, eval_str=True)
         own = [p for p in signature.parameters.values() if p.name != "options"]
-        flags = [_flag(field) for field in dataclasses.fields(options_class())]
+        flags = [_flag(field) for field in fields()]
         parameters = [*own, *flags]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -73,8 +85,12 @@ def _flag(field: Any) -> inspect.Parameter:
     kind = str if "never" in meta["choices"] else meta["kind"]
     dashed = f"--{field.name.replace('_', '-')}"
     names = [f"{dashed}/--no-{dashed[2:]}"] if kind is bool else [dashed]
+    names += [_SHORTER[field.name]] if field.name in _SHORTER else []
     default = "the model's" if meta["from_model"] else str(meta["default"] or "none")
-    option = typer.Option(*names, help=meta["help"], show_default=default)
+    text = meta["help"]
+    if meta["choices"] and all(isinstance(choice, str) for choice in meta["choices"]):
+        text = f"{text} One of {', '.join(meta['choices'])}."
+    option = typer.Option(*names, help=text, show_default=default)
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,

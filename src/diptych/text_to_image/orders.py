@@ -1,0 +1,110 @@
+"""Spell out a call: one order for each picture, with its own seed, words and starting noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diptych.errors import BadInput
+from diptych.text_to_image.options import GenerateOptions
+
+__all__ = ["Order", "as_noise", "is_single", "take_orders"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Order:
+    """Ask for one picture: `options` are decided in full, `noise` is `C h w` if it was given."""
+
+    prompt: str
+    options: GenerateOptions
+    noise: NDArray[np.float32] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def seed(self) -> int:
+        assert self.options.seed is not None
+        return self.options.seed
+
+
+def take_orders(
+    prompts: Iterable[str],
+    options: GenerateOptions,
+    negatives: str | Sequence[str] | None = None,
+    noise: NDArray[np.float32] | None = None,
+    notes: tuple[str, ...] = (),
+) -> Iterator[Order]:
+    """Yield the orders of a call, picture i with seed + i, those of one prompt side by side.
+
+    `options` are resolved; `negatives` one text for all, or one for each prompt; `noise`
+    [N, C, h, w] a start for each picture. Raises `BadInput` where the numbers do not fit.
+    """
+    each = options.num_images_per_prompt
+    place, number = 0, -1
+    for number, prompt in enumerate(prompts):
+        negative = options.negative_prompt
+        if isinstance(negatives, str):
+            negative = negatives
+        elif negatives is not None:
+            if number >= len(negatives):
+                raise BadInput(
+                    f"there are more prompts than the {len(negatives)} negative ones: give one "
+                    "text for all, or one for each"
+                )
+            negative = negatives[number]
+        for _ in range(each):
+            if noise is not None and place >= len(noise):
+                raise BadInput(
+                    f"latents hold the noise of {len(noise)} pictures, and more are asked for: "
+                    "give one for each"
+                )
+            own = options.replace(
+                seed=(options.seed or 0) + place, negative_prompt=negative, num_images_per_prompt=1
+            )
+            yield Order(prompt, own, None if noise is None else noise[place], notes)
+            place += 1
+    if negatives is not None and not isinstance(negatives, str) and number + 1 < len(negatives):
+        raise BadInput(
+            f"there are {len(negatives)} negative prompts for {number + 1} prompts: give one text "
+            "for all, or one for each"
+        )
+    if noise is not None and place < len(noise):
+        raise BadInput(
+            f"latents hold the noise of {len(noise)} pictures, and {place} are asked for: give "
+            "one for each"
+        )
+
+
+def is_single(prompt: object) -> bool:
+    """Tell one prompt from a list; raises `BadInput` for what is neither."""
+    if isinstance(prompt, str):
+        return True
+    if isinstance(prompt, Mapping | bytes) or not isinstance(prompt, Iterable):
+        raise BadInput(f"a prompt is a text or a list of texts, not {prompt!r:.80}")
+    return False
+
+
+def as_noise(latents: Any, channels: int) -> NDArray[np.float32]:
+    """Return someone's own starting noise [B, C, h, w] as NumPy; raises `BadInput` if it is none.
+
+    Takes a NumPy array or a torch tensor, on any device.
+    """
+    if hasattr(latents, "detach"):
+        latents = latents.detach().float().cpu().numpy()
+    try:
+        noise = np.asarray(latents, np.float32)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"latents are no array of numbers ({error})") from error
+    if noise.ndim == 3:
+        noise = noise[None]
+    if noise.ndim != 4 or noise.shape[1] != channels or not noise.size:
+        raise BadInput(
+            f"latents have the shape {list(noise.shape)}: give [pictures, {channels}, height, "
+            "width], standard normal noise at the size of latents"
+        )
+    if not np.isfinite(noise).all():
+        raise BadInput("latents hold numbers that are not finite: give standard normal noise")
+    return noise

@@ -1,0 +1,401 @@
+"""The generator around networks that are plain functions: seeds, batches, orders, errors.
+
+The picture model here knows the truth: it takes a text for a colour, and predicts exactly the noise
+that leads to it. Whatever sampler and number of steps, the picture has that colour.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diptych import DiptychError, GeneratedImage, GenerateOptions, ImageGenerator
+from diptych.errors import BadInput, UnsupportedModel
+from diptych.runtimes.network import OpenNetworks
+from diptych.text import ClipTokenizer
+from diptych.text_to_image.schedules import NoiseSchedule
+from diptych.weights.diffusion import GeneratorFolder
+
+MERGES = (
+    Path(__file__).resolve().parents[2]
+    / "src/diptych/weights/embedded/clip_tokenizer/bpe_simple_vocab_16e6.txt.gz"
+)
+COLOURS = {"red": (1, -1, -1), "green": (-1, 1, -1), "blue": (-1, -1, 1), "grey": (0, 0, 0)}
+SIDE, DOWN = 32, 8
+SIGMAS = NoiseSchedule().sigmas
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> ClipTokenizer:
+    return ClipTokenizer.from_merges(MERGES)
+
+
+class FakeNetwork:
+    def __init__(self, call: Callable[..., Any], inputs: Mapping[str, str] | None = None) -> None:
+        self.call, self.inputs, self.outputs = call, inputs or {}, {}
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(self, wanted: Any = None, /, **arrays: Any) -> Any:
+        self.calls.append(arrays)
+        return self.call(**arrays)
+
+
+def make(tokenizer: ClipTokenizer, **changes: Any) -> ImageGenerator:
+    """Build the generator; `changes` replace networks, configs and defaults."""
+    ids = {tokenizer.tokens(word)[0]: colour for word, colour in COLOURS.items()}
+
+    def text_encoder(input_ids: Any, clip_skip: int = 0) -> Any:
+        hidden = np.zeros((*input_ids.shape, 4), np.float32)
+        for token, colour in ids.items():
+            hidden[input_ids == token, :3] = colour
+        return hidden, hidden.sum(1)
+
+    def truth(encoder_hidden_states: Any, shape: tuple[int, ...]) -> Any:
+        return np.broadcast_to(encoder_hidden_states.sum(1)[:, :, None, None], shape)
+
+    def unet(latents: Any, timestep: Any, encoder_hidden_states: Any, **more: Any) -> Any:
+        sigma = np.interp(timestep, np.arange(1000), SIGMAS)[:, None, None, None]
+        x = latents[:, :4] * np.sqrt(sigma**2 + 1)
+        noise = (x - truth(encoder_hidden_states, x.shape)) / sigma
+        return (noise.astype(np.float32),)
+
+    def vae_decoder(latents: Any) -> Any:
+        return (latents[:, :3].repeat(DOWN, 2).repeat(DOWN, 3),)
+
+    def vae_encoder(pixel_values: Any) -> Any:
+        batch, _, height, width = pixel_values.shape
+        blocks = pixel_values.reshape(batch, 3, height // DOWN, DOWN, width // DOWN, DOWN)
+        mean = np.concatenate([blocks.mean((3, 5)), np.zeros_like(blocks[:, :1, :, 0, :, 0])], 1)
+        return mean, mean * 0
+
+    networks = {
+        "text_encoder": FakeNetwork(text_encoder),
+        "unet": FakeNetwork(unet, {"latents": "", "timestep": "", "encoder_hidden_states": ""}),
+        "vae_encoder": FakeNetwork(vae_encoder),
+        "vae_decoder": FakeNetwork(vae_decoder),
+        **changes.get("networks", {}),
+    }
+    model = GeneratorFolder(
+        path=Path("nowhere"),
+        name="fake",
+        revision=None,
+        family="sd1",
+        configs={
+            "text_encoder": {},
+            "unet": {"sample_size": SIDE // DOWN, "in_channels": 4, **changes.get("unet", {})},
+            "vae": {"block_out_channels": (1, 1, 1, 1), "scaling_factor": 1.0},
+        },
+        schedule={},
+        tokenizers={},
+        weights={},
+        layout="diffusers",
+        networks={},
+        precision=None,
+        defaults={"guidance_scale": 1.0, "num_inference_steps": 5, **changes.get("defaults", {})},
+        force_zeros_for_empty_prompt=changes.get("force_zeros", False),
+    )
+    opened = OpenNetworks(
+        networks, runtime="onnxruntime", device="cpu", dtype="float32", reason="a test"
+    )
+    return ImageGenerator(opened, {"tokenizer": tokenizer}, model)
+
+
+@pytest.fixture
+def generator(tokenizer: ClipTokenizer) -> ImageGenerator:
+    return make(tokenizer)
+
+
+def mean_colour(picture: GeneratedImage) -> list[float]:
+    pixels = np.asarray(picture.image, np.float64) / 127.5 - 1
+    return [round(float(value), 2) for value in pixels.mean((0, 1))]
+
+
+SAMPLERS = GenerateOptions.__dataclass_fields__["sampler"].metadata["choices"]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_draws_what_the_network_says(generator: ImageGenerator, sampler: str) -> None:
+    picture = generator.generate("a red door", seed=1, sampler=sampler, num_inference_steps=4)
+    assert picture.image.size == (SIDE, SIDE)
+    assert mean_colour(picture) == pytest.approx(COLOURS["red"], abs=0.03)
+    assert picture.options.sampler == sampler
+
+
+def test_guidance_pushes_away_from_the_negative_prompt(generator: ImageGenerator) -> None:
+    # grey + 0.5 (blue - grey), from the other side: denoised = n + s (p - n).
+    halfway = generator.generate(
+        "grey", negative_prompt="blue", guidance_scale=1.5, seed=0, num_inference_steps=10
+    )
+    # 1.5 · 0 - 0.5 · (-1, -1, 1)
+    assert mean_colour(halfway) == pytest.approx((0.5, 0.5, -0.5), abs=0.03)
+    unguided = generator.generate("grey", negative_prompt="blue", guidance_scale=1.0, seed=0)
+    assert mean_colour(unguided) == pytest.approx((0, 0, 0), abs=0.03)
+
+
+def test_one_prompt_gives_one_picture_and_a_list_gives_a_list(generator: ImageGenerator) -> None:
+    assert isinstance(generator.generate("red"), GeneratedImage)
+    several = generator.generate(["red", "blue"])
+    assert [mean_colour(each)[2] > 0 for each in several] == [False, True]
+    assert isinstance(generator.generate(["red"]), list)
+    copies = generator.generate("red", num_images_per_prompt=3, seed=5)
+    assert [each.seed for each in copies] == [5, 6, 7]
+    both = generator.generate(["red", "blue"], num_images_per_prompt=2, seed=0)
+    assert [(each.prompt, each.seed) for each in both] == [
+        ("red", 0), ("red", 1), ("blue", 2), ("blue", 3),
+    ]  # fmt: skip
+
+
+def noisy(tokenizer: ClipTokenizer) -> ImageGenerator:
+    """Return a generator whose pictures depend on every bit of noise and of the words."""
+
+    def unet(latents: Any, timestep: Any, encoder_hidden_states: Any, **more: Any) -> Any:
+        told = encoder_hidden_states.sum((1, 2))[:, None, None, None]
+        wave = np.sin(latents + 0.1 * told) + 0.5 * np.roll(latents, 1, axis=3)
+        return (wave.astype(np.float32),)
+
+    return make(tokenizer, networks={"unet": FakeNetwork(unet)})
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpmpp_2m_sde"])
+def test_a_picture_is_the_same_alone_and_in_any_batch(
+    tokenizer: ClipTokenizer, sampler: str
+) -> None:
+    generator = noisy(tokenizer)
+    prompts = ["red", "a long prompt, " * 40 + "blue", "green", "red", "blue"]
+    settings = {"seed": 11, "sampler": sampler, "guidance_scale": 3.0, "num_inference_steps": 6}
+    alone = [
+        generator.generate(prompt, **{**settings, "seed": 11 + place})
+        for place, prompt in enumerate(prompts)
+    ]
+    assert len({picture.image.tobytes() for picture in alone}) == 5
+    for batch_size in (1, 2, 3, 5, None):
+        batch = generator.generate(prompts, batch_size=batch_size, **settings)
+        assert [each.seed for each in batch] == [each.seed for each in alone]
+        for one, other in zip(alone, batch, strict=True):
+            assert psnr(one.image, other.image) >= 45
+
+
+def psnr(one: Image.Image, other: Image.Image) -> float:
+    error = np.mean((np.asarray(one, np.float64) - np.asarray(other, np.float64)) ** 2)
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def test_seeds(tokenizer: ClipTokenizer) -> None:
+    generator = noisy(tokenizer)
+    zero = generator.generate("red", seed=0)
+    assert zero.seed == 0 and zero.options.seed == 0
+    assert zero.image.tobytes() == generator.generate("red", seed=0).image.tobytes()
+    drawn = generator.generate("red")
+    assert drawn.image.tobytes() != generator.generate("red").image.tobytes()
+    again = generator.generate("red", seed=drawn.seed)
+    assert again.image.tobytes() == drawn.image.tobytes()
+    assert generator.generate("red", drawn.options).image.tobytes() == drawn.image.tobytes()
+
+
+def test_own_starting_noise(tokenizer: ClipTokenizer) -> None:
+    generator = noisy(tokenizer)
+    noise = np.random.default_rng(0).standard_normal((2, 4, 2, 6)).astype(np.float32)
+    one, two = generator.generate("red", num_images_per_prompt=2, latents=noise)
+    assert one.image.size == (6 * DOWN, 2 * DOWN)
+    assert one.image.tobytes() != two.image.tobytes()
+    alone = generator.generate("red", latents=noise[1])
+    assert psnr(alone.image, two.image) >= 45
+    torch = pytest.importorskip("torch")
+    as_tensor = generator.generate("red", latents=torch.from_numpy(noise[:1]))
+    assert as_tensor.image.tobytes() == one.image.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ({"latents": np.zeros((1, 3, 4, 4))}, "shape"),
+        ({"latents": np.full((1, 4, 4, 4), np.nan)}, "finite"),
+        ({"latents": "noise"}, "numbers"),
+        ({"latents": np.zeros((2, 4, 4, 4))}, "1 are asked for"),
+        ({"latents": np.zeros((1, 4, 4, 4)), "width": 64}, "64x32"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"sampler": "magic"}, "magic"),
+        ({"width": 8}, "width"),
+        ({"height": 10**6}, "height"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"on_error": "ignore"}, "on_error"),
+        ({"cfg_scale": 3}, "guidance_scale"),
+        ({"options": {"seed": 1}}, "GenerateOptions"),
+        ({"negative_prompt": ["a", "b"]}, "negative"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_mistakes_get_a_clear_sentence(
+    generator: ImageGenerator, words: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(BadInput, match=complaint):
+        generator.generate("red", **words)
+
+
+@pytest.mark.parametrize("prompt", [None, 3, b"red", {"red": 1}, []])
+def test_what_is_no_prompt_is_refused(generator: ImageGenerator, prompt: Any) -> None:
+    with pytest.raises(BadInput, match="prompt"):
+        generator.generate(prompt)
+
+
+def test_a_size_is_rounded_with_a_note(generator: ImageGenerator) -> None:
+    picture = generator.generate("red", width=67, height=64)
+    assert picture.image.size == (64, 64)
+    assert len(picture.notes) == 1 and "67" in picture.notes[0]
+    assert generator.generate("red", width=64, height=64).notes == ()
+
+
+def test_a_failed_prompt_keeps_the_others(generator: ImageGenerator) -> None:
+    enormous = "word " * 50_000
+    made = generator.generate(["red", enormous, 7, "blue"], seed=3, batch_size=4)  # type: ignore[list-item]
+    assert [each.error is None for each in made] == [True, False, False, True]
+    assert [each.seed for each in made] == [3, 4, 5, 6]
+    assert "100000" in str(made[1].error)
+    with pytest.raises(DiptychError, match="100000"):
+        made[1].save("never.png")
+    with pytest.raises(BadInput):
+        generator.generate(["red", enormous], on_error="raise")
+    with pytest.raises(BadInput):
+        generator.generate(enormous)
+
+
+def test_a_broken_latent_names_the_step_and_spares_its_neighbours(
+    tokenizer: ClipTokenizer,
+) -> None:
+    calls = 0
+
+    def unet(latents: Any, timestep: Any, encoder_hidden_states: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        predicted = latents * 0
+        is_red = encoder_hidden_states[:, :, 0].sum(1) > 0
+        if calls == 3:
+            predicted[is_red] = np.inf
+        return (predicted,)
+
+    generator = make(tokenizer, networks={"unet": FakeNetwork(unet)})
+    first, second = generator.generate(["red", "blue"], batch_size=2, num_inference_steps=5)
+    assert second.error is None
+    assert "step 3 of 5" in str(first.error) and "'red'" in str(first.error)
+    calls = 0
+    with pytest.raises(DiptychError, match="step 3 of 5"):
+        generator.generate("red", num_inference_steps=5)
+    assert calls == 3  # no work for nothing
+
+
+def test_a_broken_decode_is_never_a_black_picture(tokenizer: ClipTokenizer) -> None:
+    def vae_decoder(latents: Any) -> Any:
+        return (np.full((len(latents), 3, SIDE, SIDE), np.nan, np.float32),)
+
+    generator = make(tokenizer, networks={"vae_decoder": FakeNetwork(vae_decoder)})
+    with pytest.raises(DiptychError, match="not finite"):
+        generator.generate("red")
+
+
+def test_steps_are_yielded_with_previews(generator: ImageGenerator) -> None:
+    steps = list(generator.denoising_steps("green", seed=2, num_inference_steps=4, sampler="euler"))
+    assert [step.index for step in steps] == [0, 1, 2, 3]
+    assert {step.total for step in steps} == {4}
+    assert [step.is_last for step in steps] == [False, False, False, True]
+    sigmas = [step.sigma for step in steps]
+    assert sigmas == sorted(sigmas, reverse=True) and sigmas[-1] == 0
+    preview = steps[0].preview()
+    assert preview.size == (SIDE, SIDE)
+    # The network knows the picture from the first step on, and so does the preview.
+    assert np.asarray(preview, float).mean((0, 1)) == pytest.approx([0, 255, 0], abs=8)
+    finished = generator.generate("green", seed=2, num_inference_steps=4, sampler="euler")
+    assert steps[-1].result().image.tobytes() == finished.image.tobytes()
+    assert generator.decode(steps[-1].latents)[0].tobytes() == finished.image.tobytes()
+    assert steps[0].seeds == (2,) and steps[0].prompts == ("green",)
+
+
+def test_stopping_stops_the_work(generator: ImageGenerator) -> None:
+    for step in generator.denoising_steps("red", num_inference_steps=50):
+        if step.index == 2:
+            break
+    assert len(generator.networks["unet"].calls) == 3  # type: ignore[attr-defined]
+
+
+def test_pictures_come_as_they_are_finished(generator: ImageGenerator) -> None:
+    read = []
+
+    def prompts() -> Any:
+        for word in ("red", "green", "blue"):
+            read.append(word)
+            yield word
+
+    pictures = generator.images(prompts(), batch_size=1)
+    assert next(pictures).prompt == "red" and read == ["red"]
+    assert [each.prompt for each in pictures] == ["green", "blue"]
+
+
+def test_sdxl_is_told_sizes_and_pooled_words(tokenizer: ClipTokenizer) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def unet(latents: Any, timestep: Any, **more: Any) -> Any:
+        seen.append(more)
+        return (latents * 0,)
+
+    names = ("latents", "timestep", "encoder_hidden_states", "text_embeds", "time_ids")
+    network = FakeNetwork(unet, dict.fromkeys(names, ""))
+    generator = make(tokenizer, networks={"unet": network}, force_zeros=True)
+    generator.generate("red", width=64, height=32, guidance_scale=2.0, num_inference_steps=1)
+    # Rows: negative, then positive.
+    assert seen[0]["time_ids"].tolist() == [[32, 64, 0, 0, 32, 64]] * 2
+    assert seen[0]["text_embeds"].tolist() == [[0, 0, 0, 0], [1, -1, -1, 0]]
+    assert not seen[0]["encoder_hidden_states"][0].any()
+
+
+def test_a_distilled_model_gets_its_guidance_as_an_input(tokenizer: ClipTokenizer) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def unet(latents: Any, timestep: Any, **more: Any) -> Any:
+        seen.append(more)
+        return (latents * 0,)
+
+    names = ("latents", "timestep", "encoder_hidden_states", "timestep_cond")
+    generator = make(
+        tokenizer,
+        networks={"unet": FakeNetwork(unet, dict.fromkeys(names, ""))},
+        unet={"time_cond_proj_dim": 6},
+    )
+    generator.generate("red", guidance_scale=8.5, num_inference_steps=2, sampler="lcm")
+    # (w - 1) · 1000 · 10000^(-i / (half - 1)), sines first (Meng et al. 2023).
+    angles = 7500 * 10000.0 ** -np.array([0, 0.5, 1])
+    expected = np.concatenate([np.sin(angles), np.cos(angles)])
+    assert seen[0]["timestep_cond"].shape == (1, 6)
+    assert seen[0]["timestep_cond"][0] == pytest.approx(expected, abs=2e-3)
+    assert len(seen[0]["encoder_hidden_states"]) == 1
+
+
+def test_an_inpainting_network_repaints_everything(tokenizer: ClipTokenizer) -> None:
+    seen: list[Any] = []
+
+    def unet(latents: Any, timestep: Any, **more: Any) -> Any:
+        seen.append(latents)
+        return (latents[:, :4] * 0,)
+
+    generator = make(tokenizer, networks={"unet": FakeNetwork(unet)}, unet={"in_channels": 9})
+    generator.generate("red", num_inference_steps=1)
+    assert seen[0].shape[1] == 9
+    assert (seen[0][:, 4] == 1).all() and (seen[0][:, 5:] == 0).all()
+    strange = make(tokenizer, networks={"unet": FakeNetwork(unet)}, unet={"in_channels": 7})
+    with pytest.raises(UnsupportedModel, match="7 channels"):
+        strange.generate("red")
+
+
+def test_the_model_prefers_and_the_caller_decides(tokenizer: ClipTokenizer) -> None:
+    generator = make(
+        tokenizer, defaults={"width": 40, "height": 24, "sampler": "euler", "guidance_scale": 2.5}
+    )
+    options = generator.options
+    assert (options.width, options.height, options.sampler) == (40, 24, "euler")
+    picture = generator.generate("red", GenerateOptions(height=16), sampler="heun")
+    assert picture.image.size == (40, 16)
+    assert picture.options.sampler == "heun" and picture.options.guidance_scale == 2.5
