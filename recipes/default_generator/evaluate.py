@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from render import render
-from scorer import Retrieval, Scorer, different, load, on_originals, retrieval
+from scorer import Scorer, different, load, on_originals
 
 from diptych import ImageGenerator
-from diptych.evaluation.image_metrics import psnr, ssim
-from diptych.evaluation.scenes import sample_scene, sentence
+from diptych.evaluation.adherence import report
+from diptych.evaluation.image_metrics import Retrieval, psnr, retrieval, ssim
+from diptych.evaluation.scenes import evaluation_prompts, sample_scene, sentence
 from pictures import SIDE, Captioned, photographs
 
 Draw = Callable[[Sequence[str]], list[Image.Image]]
@@ -83,12 +85,26 @@ def unseen(data: Path, count: int, seed: int) -> dict[str, Captioned]:
     }
 
 
+def through(generator: ImageGenerator, picture: NDArray[np.uint8]) -> Image.Image:
+    """Encode and decode a picture [H, W, 3]."""
+    pixels = picture.transpose(2, 0, 1)[None].astype(np.float32) / 127.5 - 1.0
+    (made,) = generator.decode(generator.encode(pixels))
+    return made
+
+
+def scenes_ceiling(generator: ImageGenerator, count: int, seed: int) -> dict[str, Any]:
+    """Judge true drawings that went through the autoencoder: what its generator can reach."""
+    rng = np.random.default_rng(seed)
+    prompts = evaluation_prompts(count)
+    drawn = [through(generator, np.asarray(render(each.scene, rng)[0])) for each in prompts]
+    return report(prompts, drawn).as_dict()["overall"]
+
+
 def reconstruction(generator: ImageGenerator, originals: Captioned) -> dict[str, float]:
     """Encode and decode; return the means over pictures of PSNR (dB) and SSIM, and the worst."""
     scores = []
     for picture in originals.pictures:
-        pixels = picture.transpose(2, 0, 1)[None].astype(np.float32) / 127.5 - 1.0
-        (made,) = generator.decode(generator.encode(pixels))
+        made = through(generator, picture)
         scores.append((psnr(made, picture), ssim(made, picture)))
     decibels, likeness = np.array(scores).T
     return {
@@ -123,6 +139,9 @@ def main() -> None:
             f"{score['psnr_lowest']:.2f}), SSIM {score['ssim']:.3f}, {score['pictures']} pictures",
             flush=True,
         )
+    found["scenes through the autoencoder"] = scenes_ceiling(generator, 300, arguments.seed)
+    for name, score in found["scenes through the autoencoder"].items():
+        print(f"true scenes through the autoencoder, {name}: {score['share']:.1%}", flush=True)
     if not arguments.only_autoencoder:
         options = {
             "seed": arguments.seed,

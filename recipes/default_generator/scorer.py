@@ -16,7 +16,6 @@ import math
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from diptych.evaluation.caption_metrics import bootstrap_interval
+from diptych.evaluation.image_metrics import Retrieval, retrieval
 from pictures import Captioned, photographs
 
 SIDE = 64
@@ -120,37 +119,6 @@ def shrunk(pictures: NDArray[np.uint8]) -> Tensor:
 
 
 # --- how good is it -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Retrieval:
-    """Hold how often the right prompt comes first among `among`, and the 95 % interval."""
-
-    accuracy: float
-    interval: tuple[float, float]
-    among: int
-    pictures: int
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return (
-            f"{self.accuracy:.1%} of {self.pictures} ({low:.1%} to {high:.1%}), "
-            f"right prompt among {self.among}, chance {1 / self.among:.0%}"
-        )
-
-
-def retrieval(scores: NDArray[np.float32], right: Sequence[int], among: int = 10) -> Retrieval:
-    """Compute the accuracy over all draws of `among` - 1 wrong prompts.
-
-    `scores` [B, P] of B pictures with P different prompts, `right` the right one of each. Nothing
-    is drawn: if b wrong prompts beat the right one, it wins in C(P-1-b, n) of C(P-1, n) draws.
-    """
-    wrong = scores.shape[1] - 1
-    among = min(among, wrong + 1)
-    own = scores[np.arange(len(right)), right]
-    better = (scores > own[:, None]).sum(axis=1).tolist()
-    wins = [math.comb(wrong - b, among - 1) / math.comb(wrong, among - 1) for b in better]
-    return Retrieval(float(np.mean(wins)), bootstrap_interval(wins), among, len(wins))
 
 
 def different(captions: Sequence[Sequence[str]]) -> tuple[list[str], list[int]]:

@@ -1,4 +1,5 @@
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diptych.errors import BadInput
-from diptych.evaluation.image_metrics import psnr, ssim
+from diptych.evaluation.image_metrics import psnr, retrieval, ssim
 
 
 def picture(seed, shape=(20, 24, 3)):
@@ -92,3 +93,35 @@ def test_ssim_is_one_for_equals_only_and_falls_with_noise():
 def test_what_cannot_be_compared(ours, theirs, complaint):
     with pytest.raises(BadInput, match=complaint):
         ssim(ours, theirs)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 1000), st.integers(2, 6))
+def test_retrieval_is_the_mean_over_every_choice_of_wrong_prompts(seed, among):
+    scores = np.random.default_rng(seed).normal(size=(5, 6))
+    right = [0, 1, 2, 3, 5]
+    wins = [
+        scores[row, own] > max(scores[row, other] for other in chosen)
+        for row, own in enumerate(right)
+        for chosen in combinations(sorted({*range(6)} - {own}), among - 1)
+    ]
+    found = retrieval(scores, right, among)
+    assert found.accuracy == pytest.approx(np.mean(wins))
+    assert found.interval[0] <= found.accuracy <= found.interval[1]
+    assert (found.among, found.pictures) == (among, 5)
+
+
+def test_a_blind_scorer_retrieves_one_in_ten():
+    scores = np.random.default_rng(0).normal(size=(4000, 30))
+    right = np.random.default_rng(1).integers(30, size=4000).tolist()
+    assert retrieval(scores, right).accuracy == pytest.approx(0.1, abs=0.02)
+
+
+def test_fewer_prompts_than_ten_are_all_taken():
+    found = retrieval(np.eye(5), range(5))
+    assert (found.accuracy, found.among) == (1.0, 5)
+    assert "chance 20%" in str(found)
+
+
+def test_a_scorer_that_cannot_tell_retrieves_nothing():
+    assert retrieval(np.zeros((3, 12)), [0, 1, 2]).accuracy == 0.0

@@ -1,4 +1,4 @@
-"""Compare a picture with its original: PSNR and SSIM, from their definitions.
+"""Compare a picture with its original (PSNR, SSIM), and pictures with prompts (retrieval).
 
 Pictures are PIL images, uint8 arrays (0 to 255) or float arrays (0 to 1), [H, W] or [H, W, C].
 """
@@ -6,6 +6,8 @@ Pictures are PIL images, uint8 arrays (0 to 255) or float arrays (0 to 1), [H, W
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from diptych.errors import BadInput
+from diptych.evaluation.caption_metrics import bootstrap_interval
 
-__all__ = ["psnr", "ssim"]
+__all__ = ["Retrieval", "psnr", "retrieval", "ssim"]
 
 Floats = npt.NDArray[np.float64]
 Picture = Image.Image | npt.NDArray[Any]
@@ -83,3 +86,39 @@ def _floats(picture: Picture) -> Floats:
     if values.dtype.kind != "f":
         raise BadInput(f"a picture of {values.dtype} has no known range: give uint8 or floats")
     return values.astype(np.float64)
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """Hold how often the right prompt comes first among `among`, and the 95 % interval."""
+
+    accuracy: float
+    interval: tuple[float, float]
+    among: int
+    pictures: int
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return (
+            f"{self.accuracy:.1%} of {self.pictures} ({low:.1%} to {high:.1%}), "
+            f"right prompt among {self.among}, chance {1 / self.among:.0%}"
+        )
+
+
+def retrieval(
+    scores: npt.NDArray[np.floating[Any]], right: Sequence[int], among: int = 10
+) -> Retrieval:
+    """Compute the accuracy over all draws of `among` - 1 wrong prompts.
+
+    `scores` [B, P] of B pictures with P different prompts, `right` the right one of each. Nothing
+    is drawn: if b wrong prompts beat the right one, it wins in C(P-1-b, n) of C(P-1, n) draws.
+    """
+    wrong = scores.shape[1] - 1
+    among = min(among, wrong + 1)
+    own = scores[np.arange(len(right)), right]
+    better = ((scores >= own[:, None]).sum(axis=1) - 1).tolist()  # a tie is lost
+    wins = [math.comb(wrong - b, among - 1) / math.comb(wrong, among - 1) for b in better]
+    return Retrieval(float(np.mean(wins)), bootstrap_interval(wins), among, len(wins))
