@@ -226,7 +226,8 @@ def test_available_models(
     (cache / "datasets--x--y").mkdir()
     (checkpoint / "README.md").unlink()
 
-    found = available_models()
+    found = available_models("image-to-text")
+    assert [info for info in available_models() if info.task == "image-to-text"] == found
     assert [(info.name, info.state) for info in found] == [
         ("default", "embedded"),
         (NLPCONNECT, "cached"),

@@ -1,7 +1,7 @@
 """List the models that diptych knows of: embedded, in the hub's cache, or published.
 
-The table holds captioners whose layout is read by `dialects`. A pinned revision is fetched
-whatever happens to the repository afterwards; the others are resolved once, when fetched.
+The table holds models whose layout is read by `dialects`. A pinned revision is fetched whatever
+happens to the repository afterwards; the others are resolved once, when fetched.
 """
 
 from __future__ import annotations
@@ -9,23 +9,28 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from diptych.errors import DiptychError
-from diptych.weights.files import ModelFolder, describe
+from diptych.weights.files import describe
+from diptych.weights.generator_files import describe_generator
 
 __all__ = [
+    "CAPTIONS",
     "DEFAULT",
     "EMBEDDED",
+    "EMBEDDED_GENERATOR",
     "KNOWN",
+    "PICTURES",
     "KnownModel",
     "ModelInfo",
     "available_models",
     "cache_folder",
-    "complete",
+    "embedded_folder",
+    "is_complete",
     "known_model",
     "names",
     "repository_folder",
@@ -33,11 +38,18 @@ __all__ = [
 
 DEFAULT = "default"
 EMBEDDED = Path(__file__).resolve().parent / "embedded" / "captioner"
+EMBEDDED_GENERATOR = EMBEDDED.with_name("generator")
 
-_TASK = "image-to-text"
+CAPTIONS, PICTURES = "image-to-text", "text-to-image"
+TASKS = (CAPTIONS, PICTURES)
+
 _HUB = "https://huggingface.co/"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LICENCE = re.compile(r"^licen[sc]e:[ \t]*['\"]?([A-Za-z0-9.+-]{1,40})", re.MULTILINE)
+
+
+# Distilled to a few steps without guidance.
+_TURBO = {"num_inference_steps": 4, "guidance_scale": 1.0, "timestep_spacing": "trailing"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +61,8 @@ class KnownModel:
     revision: str | None  # the commit that is fetched; None for what `main` is at the time
     size: int  # bytes to fetch, as far as known
     licence: str
-    task: str = _TASK
+    task: str = CAPTIONS
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # that its files do not tell
 
     @property
     def source(self) -> str:
@@ -78,12 +91,78 @@ KNOWN = (
         size=730_000_000,
         licence="apache-2.0",
     ),
+    KnownModel(
+        id="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        aliases=("sd-1.5", "stable-diffusion-v1-5"),
+        revision=None,
+        size=4_270_000_000,
+        licence="creativeml-openrail-m",
+        task=PICTURES,
+    ),
+    KnownModel(
+        id="stable-diffusion-v1-5/stable-diffusion-inpainting",
+        aliases=("sd-1.5-inpainting", "stable-diffusion-inpainting"),
+        revision=None,
+        size=4_270_000_000,
+        licence="creativeml-openrail-m",
+        task=PICTURES,
+    ),
+    KnownModel(
+        id="stabilityai/stable-diffusion-2-1",
+        aliases=("sd-2.1", "stable-diffusion-2-1"),
+        revision=None,
+        size=5_160_000_000,
+        licence="openrail++",
+        task=PICTURES,
+    ),
+    KnownModel(
+        id="stabilityai/stable-diffusion-2-1-base",
+        aliases=("sd-2.1-base", "stable-diffusion-2-1-base"),
+        revision=None,
+        size=5_160_000_000,
+        licence="openrail++",
+        task=PICTURES,
+    ),
+    KnownModel(
+        id="stabilityai/stable-diffusion-xl-base-1.0",
+        aliases=("sdxl", "sdxl-base", "stable-diffusion-xl-base-1.0"),
+        revision=None,
+        size=13_880_000_000,
+        licence="openrail++",
+        task=PICTURES,
+    ),
+    KnownModel(
+        id="stabilityai/sd-turbo",
+        aliases=("sd-turbo",),
+        revision=None,
+        size=5_160_000_000,
+        licence="not stated here, see the source",
+        task=PICTURES,
+        defaults=_TURBO,
+    ),
+    KnownModel(
+        id="stabilityai/sdxl-turbo",
+        aliases=("sdxl-turbo",),
+        revision=None,
+        size=13_880_000_000,
+        licence="not stated here, see the source",
+        task=PICTURES,
+        defaults=_TURBO,
+    ),
+    KnownModel(
+        id="SimianLuo/LCM_Dreamshaper_v7",
+        aliases=("lcm-dreamshaper-v7",),
+        revision=None,
+        size=4_270_000_000,
+        licence="mit, after creativeml-openrail-m",
+        task=PICTURES,
+    ),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """Describe a model that `Captioner.load(name)` takes."""
+    """Describe a model that `Captioner.load(name)` or `ImageGenerator.load(name)` takes."""
 
     name: str
     state: Literal["embedded", "cached", "known"]
@@ -95,26 +174,37 @@ class ModelInfo:
     path: Path | None  # None until it is fetched
 
 
-def available_models() -> list[ModelInfo]:
-    """List what is embedded, then what is in the hub's cache, then what else is known."""
-    cached = sorted(_cached(), key=lambda info: info.name.lower())
+def available_models(task: str | None = None) -> list[ModelInfo]:
+    """List what is embedded, then what is in the hub's cache, then what else is known.
+
+    With `task`, "image-to-text" or "text-to-image", only the models for it.
+    """
+    tasks = TASKS if task is None else (task,)
+    cached = sorted(_cached(tasks), key=lambda info: info.name.lower())
     there = {info.name for info in cached}
     known = [
         ModelInfo(m.id, "known", m.size, m.licence, m.source, m.task, m.revision, None)
         for m in KNOWN
-        if m.id not in there
+        if m.id not in there and m.task in tasks
     ]
-    return [*_embedded(), *cached, *known]
+    return [*_embedded(tasks), *cached, *known]
 
 
-def known_model(name: str) -> KnownModel | None:
+def known_model(name: str, task: str | None = None) -> KnownModel | None:
     """Return the known model that `name`, an id or an alias, means."""
-    return next((m for m in KNOWN if name == m.id or name in m.aliases), None)
+    known = [m for m in KNOWN if task in (None, m.task)]
+    return next((m for m in known if name == m.id or name in m.aliases), None)
 
 
-def names() -> list[str]:
+def names(task: str | None = None) -> list[str]:
     """Return every name that means a known model."""
-    return [DEFAULT, *(name for m in KNOWN for name in (m.id, *m.aliases))]
+    known = [m for m in KNOWN if task in (None, m.task)]
+    return [DEFAULT, *(name for m in known for name in (m.id, *m.aliases))]
+
+
+def embedded_folder(task: str) -> Path:
+    """Return where the default model for a task is, in an install that carries one."""
+    return EMBEDDED if task == CAPTIONS else EMBEDDED_GENERATOR
 
 
 def cache_folder() -> Path:
@@ -132,54 +222,64 @@ def repository_folder(model_id: str) -> Path:
     return cache_folder() / f"models--{model_id.replace('/', '--')}"
 
 
-def complete(snapshot: Path, name: str | None = None) -> ModelFolder | None:
-    """Describe a snapshot of the hub's cache; None where it is no captioner, or only part of one.
+def is_complete(snapshot: Path, task: str) -> bool:
+    """Tell whether a snapshot of the hub's cache is a model for `task`, and all of it.
 
-    A fetch that was interrupted leaves such parts behind.
+    A fetch that was interrupted leaves parts behind.
     """
     try:
-        model = describe(snapshot, name, snapshot.name)
+        model = (describe if task == CAPTIONS else describe_generator)(snapshot)
     except (DiptychError, OSError):
-        return None
-    return model if model.weights or model.networks else None
+        return False
+    return bool(model.weights or model.networks)
 
 
-def _embedded() -> Iterator[ModelInfo]:
-    if EMBEDDED.is_dir():
-        yield ModelInfo(
-            name=DEFAULT,
-            state="embedded",
-            size=_size(EMBEDDED),
-            licence="apache-2.0, trained on research-only photos",
-            source="recipes/default_captioner",
-            task=_TASK,
-            revision=None,
-            path=EMBEDDED,
-        )
+_LICENCES = {
+    CAPTIONS: "apache-2.0, trained on research-only photos",
+    PICTURES: "apache-2.0",
+}
+_RECIPES = {CAPTIONS: "recipes/default_captioner", PICTURES: "recipes/default_generator"}
 
 
-def _cached() -> Iterator[ModelInfo]:
+def _embedded(tasks: tuple[str, ...]) -> Iterator[ModelInfo]:
+    for task in tasks:
+        folder = embedded_folder(task)
+        if folder.is_dir():
+            yield ModelInfo(
+                name=DEFAULT,
+                state="embedded",
+                size=_size(folder),
+                licence=_LICENCES[task],
+                source=_RECIPES[task],
+                task=task,
+                revision=None,
+                path=folder,
+            )
+
+
+def _cached(tasks: tuple[str, ...]) -> Iterator[ModelInfo]:
     try:
         repositories = sorted(cache_folder().glob("models--*--*"))
     except OSError:
         return
     for repository in repositories:
         model_id = "/".join(repository.name.split("--")[1:])
-        if (snapshot := _snapshot(repository, model_id)) is not None:
-            known = known_model(model_id)
-            yield ModelInfo(
-                name=model_id,
-                state="cached",
-                size=_size(snapshot),
-                licence=_licence(snapshot) or (known.licence if known else "not stated"),
-                source=_HUB + model_id,
-                task=_TASK,
-                revision=snapshot.name,
-                path=snapshot,
-            )
+        known = known_model(model_id)
+        for task in tasks:
+            if (snapshot := _snapshot(repository, model_id, task)) is not None:
+                yield ModelInfo(
+                    name=model_id,
+                    state="cached",
+                    size=_size(snapshot),
+                    licence=_licence(snapshot) or (known.licence if known else "not stated"),
+                    source=_HUB + model_id,
+                    task=task,
+                    revision=snapshot.name,
+                    path=snapshot,
+                )
 
 
-def _snapshot(repository: Path, model_id: str) -> Path | None:
+def _snapshot(repository: Path, model_id: str, task: str) -> Path | None:
     """Return the snapshot that loading `model_id` would take, or else one that is there."""
     known = known_model(model_id)
     wanted = [known.revision] if known and known.revision else []
@@ -188,7 +288,7 @@ def _snapshot(repository: Path, model_id: str) -> Path | None:
     others = sorted(path.name for path in (repository / "snapshots").glob("*"))
     for commit in [*wanted, *others]:
         snapshot = repository / "snapshots" / commit
-        if _COMMIT.fullmatch(commit) and complete(snapshot):
+        if _COMMIT.fullmatch(commit) and is_complete(snapshot, task):
             return snapshot
     return None
 

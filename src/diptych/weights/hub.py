@@ -11,15 +11,18 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from diptych.errors import BadInput, UnknownModel, UnsupportedModel
 from diptych.weights import catalog
 from diptych.weights.files import ModelFolder, describe
+from diptych.weights.generator_files import GeneratorFolder
 
-__all__ = ["resolve"]
+__all__ = ["Kind", "resolve", "resolve_kind"]
 
 logger = logging.getLogger("diptych")
 
@@ -51,37 +54,68 @@ _WEIGHTS = (
 _NETWORKS = re.compile(r"[A-Za-z0-9_-]+\.onnx(\.data)?")  # the graph, and its weights
 
 
+Found = TypeVar("Found", ModelFolder, GeneratorFolder)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind(Generic[Found]):
+    """Say what is looked for: how it is described, and which files of a repository it needs."""
+
+    task: str
+    describe: Callable[[Path, str, str | None], Found]
+    needed: Callable[[Sequence[str], str], list[str]]
+    places: str  # what may be given instead of a name
+
+
 def resolve(
     name_or_path: str | os.PathLike[str], revision: str | None = None, *, progress: bool = False
 ) -> ModelFolder:
-    """Return the model that a name or path means, fetched if need be.
+    """Return the captioner that a name or path means, fetched if need be.
 
     `default` is the embedded model, then come folders, aliases of the catalog, and ids of the hub
     (`owner/name`). `revision` is a commit, tag or branch of the hub; without one, the commit that
     the catalog pins, or what is cached. `progress` draws bars on stderr while fetching.
     Raises `UnknownModel` where the name leads nowhere, `BadInput` for a revision that cannot be.
     """
+    kind = Kind(catalog.CAPTIONS, describe, _needed, "a folder")
+    return resolve_kind(kind, name_or_path, revision, progress=progress)
+
+
+def resolve_kind(
+    kind: Kind[Found],
+    name_or_path: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    progress: bool = False,
+) -> Found:
+    """Return the model of a kind that a name or path means, as `resolve` does for captioners."""
     name = os.fspath(name_or_path)
     if name == catalog.DEFAULT:
         _refuse_revision(name, revision)
-        if not catalog.EMBEDDED.is_dir():
-            raise UnknownModel("this install carries no default model: reinstall diptych.")
-        return describe(catalog.EMBEDDED, name)
+        folder = catalog.embedded_folder(kind.task)
+        if not folder.is_dir():
+            raise UnknownModel(_no_default(kind))
+        return kind.describe(folder, name, None)
     # os.path, because a name too long for a path, or of an unknown user, is merely not there.
     path = os.path.expanduser(name)  # noqa: PTH111
     if name and os.path.exists(path):  # noqa: PTH110
         _refuse_revision(name, revision)
-        return describe(Path(path), name)
-    known = catalog.known_model(name)
+        return kind.describe(Path(path), name, None)
+    known = catalog.known_model(name, kind.task)
     model_id = known.id if known else name
     if not _MODEL_ID.fullmatch(model_id) or isinstance(name_or_path, Path):
-        raise UnknownModel(f"{name!r} is no folder here and no known model. {_advice(name)}")
+        raise UnknownModel(f"{name!r} is no folder here and no known model. {_advice(kind, name)}")
     if revision is not None and not _is_revision(revision):
         raise BadInput(f"revision is {revision!r}: give a commit, a tag or a branch of {model_id}.")
     wanted = revision or (known.revision if known else None)
-    if (model := _cached(model_id, name, wanted, asked=revision is not None)) is not None:
-        return model
-    return _fetch(model_id, name, wanted or "main", progress)
+    found = _cached(kind, model_id, name, wanted, asked=revision is not None)
+    return found or _fetch(kind, model_id, name, wanted or "main", progress)
+
+
+def _no_default(kind: Kind[Found]) -> str:
+    if kind.task == catalog.CAPTIONS:
+        return "this install carries no default model: reinstall diptych."
+    return f"this install carries no default model for {kind.task}: name one of `diptych models`."
 
 
 def _refuse_revision(name: str, revision: str | None) -> None:
@@ -93,23 +127,27 @@ def _is_revision(revision: str) -> bool:
     return bool(_BRANCH.fullmatch(revision)) and ".." not in revision
 
 
-def _advice(name: str) -> str:
-    close = difflib.get_close_matches(name, catalog.names(), n=2, cutoff=0.5)
+def _advice(kind: Kind[Found], name: str) -> str:
+    close = difflib.get_close_matches(name, catalog.names(kind.task), n=2, cutoff=0.5)
     hint = f"Did you mean {' or '.join(close)}? " if close else ""
-    return f"{hint}Give a folder, an id of the hub (owner/name), or a name from `diptych models`."
+    return (
+        f"{hint}Give {kind.places}, an id of the hub (owner/name), or a name from `diptych models`."
+    )
 
 
 # --- the cache ------------------------------------------------------------------------------------
 
 
-def _cached(model_id: str, name: str, wanted: str | None, *, asked: bool) -> ModelFolder | None:
+def _cached(
+    kind: Kind[Found], model_id: str, name: str, wanted: str | None, *, asked: bool
+) -> Found | None:
     """Return what is in the cache, unless a branch or tag is asked for: those move."""
     if wanted is not None and _COMMIT.fullmatch(wanted):
-        return catalog.complete(_snapshots(model_id) / wanted, name)
-    return None if asked else _at_branch(model_id, name, "main")
+        return _complete(kind, _snapshots(model_id) / wanted, name)
+    return None if asked else _at_branch(kind, model_id, name, "main")
 
 
-def _at_branch(model_id: str, name: str, branch: str) -> ModelFolder | None:
+def _at_branch(kind: Kind[Found], model_id: str, name: str, branch: str) -> Found | None:
     try:
         ref = catalog.repository_folder(model_id) / "refs" / branch
         commit = ref.read_text("utf-8").strip()
@@ -117,26 +155,36 @@ def _at_branch(model_id: str, name: str, branch: str) -> ModelFolder | None:
         return None
     if not _COMMIT.fullmatch(commit):
         return None
-    return catalog.complete(_snapshots(model_id) / commit, name)
+    return _complete(kind, _snapshots(model_id) / commit, name)
+
+
+def _complete(kind: Kind[Found], snapshot: Path, name: str) -> Found | None:
+    if not catalog.is_complete(snapshot, kind.task):
+        return None
+    return kind.describe(snapshot, name, snapshot.name)
 
 
 def _snapshots(model_id: str) -> Path:
     return catalog.repository_folder(model_id) / "snapshots"
 
 
-def _other_commits(model_id: str) -> list[str]:
-    found = sorted(_snapshots(model_id).glob("*"))
-    return [path.name for path in found if _COMMIT.fullmatch(path.name) and catalog.complete(path)]
+def _other_commits(kind: Kind[Found], model_id: str) -> list[str]:
+    commits = [path for path in sorted(_snapshots(model_id).glob("*")) if _is_commit(path)]
+    return [path.name for path in commits if catalog.is_complete(path, kind.task)]
+
+
+def _is_commit(path: Path) -> bool:
+    return bool(_COMMIT.fullmatch(path.name))
 
 
 # --- the network ----------------------------------------------------------------------------------
 
 
-def _fetch(model_id: str, name: str, revision: str, progress: bool) -> ModelFolder:
+def _fetch(kind: Kind[Found], model_id: str, name: str, revision: str, progress: bool) -> Found:
     from huggingface_hub import HfApi, constants, errors, snapshot_download
 
     if constants.HF_HUB_OFFLINE:
-        return _without_network(model_id, name, revision, "HF_HUB_OFFLINE is set")
+        return _without_network(kind, model_id, name, revision, "HF_HUB_OFFLINE is set")
     page = f"https://huggingface.co/{model_id}"
     failures = (
         OSError,
@@ -146,7 +194,7 @@ def _fetch(model_id: str, name: str, revision: str, progress: bool) -> ModelFold
     try:
         with _quiet(progress):
             info = HfApi().model_info(model_id, revision=revision)
-            files = _needed([file.rfilename for file in info.siblings or []], name)
+            files = kind.needed([file.rfilename for file in info.siblings or []], name)
             logger.info("fetching %s at %s", model_id, info.sha)
             folder = snapshot_download(
                 model_id,
@@ -163,7 +211,7 @@ def _fetch(model_id: str, name: str, revision: str, progress: bool) -> ModelFold
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise UnknownModel(
             f"{name!r} is no folder here, and the hub has no such model that you may read. "
-            f"{_advice(name)}"
+            f"{_advice(kind, name)}"
         ) from error
     except failures as error:
         number = getattr(error, "errno", None)
@@ -174,22 +222,27 @@ def _fetch(model_id: str, name: str, revision: str, progress: bool) -> ModelFold
                 "set HF_HOME to another folder."
             ) from error
         reason = f"the hub cannot be reached ({type(error).__name__})"
-        return _without_network(model_id, name, revision, reason, error)
-    return describe(Path(folder), name, Path(folder).name)
+        return _without_network(kind, model_id, name, revision, reason, error)
+    return kind.describe(Path(folder), name, Path(folder).name)
 
 
 def _without_network(
-    model_id: str, name: str, revision: str, reason: str, cause: Exception | None = None
-) -> ModelFolder:
+    kind: Kind[Found],
+    model_id: str,
+    name: str,
+    revision: str,
+    reason: str,
+    cause: Exception | None = None,
+) -> Found:
     """Return the branch as it was last seen, or say that there is nothing."""
-    if (model := _at_branch(model_id, name, revision)) is not None:
+    if (model := _at_branch(kind, model_id, name, revision)) is not None:
         logger.warning("%s: using %s at %s from the cache", reason, model_id, model.revision)
         return model
-    others = _other_commits(model_id)
+    others = _other_commits(kind, model_id)
     hint = f" Another commit is cached: revision={others[-1]!r}." if others else ""
     raise UnknownModel(
         f"{name!r} is no folder here and not in the cache ({catalog.cache_folder()}), and "
-        f"{reason}: load it once with a connection, or give a folder.{hint}"
+        f"{reason}: load it once with a connection, or give {kind.places}.{hint}"
     ) from cause
 
 
