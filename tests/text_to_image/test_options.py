@@ -24,7 +24,7 @@ from diptych.text_to_image.options import (
 )
 
 FIELDS = {field.name: field for field in dataclasses.fields(GenerateOptions)}
-MAY_STAY_OPEN = {"negative_prompt", "timestep_spacing", "eta"}
+MAY_STAY_OPEN = {"negative_prompt", "timestep_spacing", "eta", "strength"}
 
 
 @pytest.mark.parametrize("name", FIELDS)

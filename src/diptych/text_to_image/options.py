@@ -114,8 +114,7 @@ class GenerateOptions:
     )
     strength: float | None = option(
         float,
-        "Image to image: how far to leave the picture given; 0 keeps it.",
-        library=0.8,
+        "Image to image: how far to leave the picture given; 0 keeps it, none is 0.8.",
         low=0.0,
         high=1.0,
     )
@@ -151,8 +150,9 @@ class GenerateOptions:
         """Fill every open choice from what the model prefers, then from the library.
 
         Width and height are rounded to a multiple of `multiple_of` (pixels to a latent), with a
-        note in the log; a seed left open is drawn. Only `negative_prompt`, `timestep_spacing` and
-        `eta` may still be None, which has a meaning there. Resolving again changes nothing.
+        note in the log; a seed left open is drawn. Only `negative_prompt`, `timestep_spacing`,
+        `eta` and `strength` may still be None, which has a meaning there. Resolving again changes
+        nothing.
         Raises BadInput where a default cannot be used.
         """
         asked = {name: value for name, value in values(self).items() if value is not None}
