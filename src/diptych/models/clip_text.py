@@ -80,7 +80,9 @@ class ClipText(nn.Module):
     def _ends(self, input_ids: Tensor) -> Tensor:
         """Return where each text ends, [B]: its first end token."""
         if self.config.eos_token_id == _LEGACY_EOS:
-            return input_ids.argmax(-1)
+            # Words that were added later have larger ids than the end token.
+            own = input_ids < self.config.vocab_size
+            return torch.where(own, input_ids, 0).argmax(-1)
         return (input_ids == self.config.eos_token_id).int().argmax(-1)
 
 
