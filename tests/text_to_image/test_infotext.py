@@ -14,6 +14,7 @@ from PIL import Image
 
 from diptych import __version__
 from diptych.errors import BadImage, BadInput
+from diptych.text_to_image.generated_image import GeneratedImage
 from diptych.text_to_image.infotext import as_dict, encode, from_text, read_settings, to_text
 from diptych.text_to_image.options import (
     NOISE_SOURCES,
@@ -288,3 +289,35 @@ def test_what_cannot_be_read_or_written_is_one_sentence(
         encode(Made(), ".jpg", quality=0)
     encode(Made("x" * 40_000), ".jpg")
     assert "too long for a JPEG file" in caplog.text
+
+
+# Saving ---------------------------------------------------------------------------------------
+
+
+def saved_as(made: Made, path: Path) -> Path:
+    return GeneratedImage(made.image, 7, made.prompt, made.options, made.model).save(path)
+
+
+def test_saved_pictures_tell_how_they_were_made(tmp_path: Path) -> None:
+    made = Made(options=GenerateOptions(seed=3).resolve())
+    for name in ("a.png", "b.JPG", "c.webp"):
+        read = read_settings(saved_as(made, tmp_path / name))
+        assert (read.prompt, read.options, read.model) == (made.prompt, made.options, made.model)
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "a.png"
+    saved_as(Made(), path)
+    before = path.read_bytes()
+    large = Made(image=Image.effect_noise((400, 400), 90).convert("RGB"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(BadInput, match=r"a\.png: the picture cannot be written \(.+\)$"):
+            saved_as(large, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["a.png"]
+    assert len(saved_as(large, path).read_bytes()) > 4096
