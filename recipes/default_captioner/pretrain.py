@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from diptych.models.vit import ViT, ViTConfig
 from pictures import Labelled, plain, tiny_imagenet, views
-from state import Average, Log, decayed, learning_rate, load_state, save_state
+from diptych.training.state import Average, Log, decayed, learning_rate, load_state, save_state
 
 
 class Classifier(nn.Module):

@@ -22,7 +22,7 @@ from diptych.runtimes.export import export_captioner
 from diptych.text import Gpt2Tokenizer
 from diptych.weights.save import save_captioner
 from pictures import plain
-from state import read_average
+from diptych.training.state import read_average
 
 EMBEDDED = Path(__file__).parents[2] / "src" / "diptych" / "weights" / "embedded" / "captioner"
 NAME = "diptych/default-captioner"

@@ -30,7 +30,7 @@ from captioning import (
 )
 from diptych.text import Gpt2Tokenizer
 from pictures import views
-from state import Average, Log, decayed, learning_rate, load_state, read_average, save_state
+from diptych.training.state import Average, Log, decayed, learning_rate, load_state, read_average, save_state
 
 COMMON = 60  # words so frequent that they say nothing of the picture
 NUM_WORDS = 600

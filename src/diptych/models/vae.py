@@ -38,11 +38,12 @@ class VaeConfig:
     use_post_quant_conv: bool = True
     mid_attention: bool = True
     force_upcast: bool = False  # overflows in float16
+    patch_size: int = 1  # pixels along an edge folded into channels first; 1 in published models
 
     @property
     def downsampling(self) -> int:
         """Count the pixels along an edge that become one latent."""
-        return int(2 ** (len(self.block_out_channels) - 1))
+        return int(self.patch_size * 2 ** (len(self.block_out_channels) - 1))
 
     @classmethod
     def tiny(cls) -> VaeConfig:
@@ -58,9 +59,9 @@ class Vae(nn.Module):
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
         self.config = config
-        latent = config.latent_channels
+        latent, folded = config.latent_channels, config.patch_size**2
         self.encoder = Encoder(
-            config.in_channels,
+            config.in_channels * folded,
             config.block_out_channels,
             2 * latent,
             config.layers_per_block,
@@ -70,7 +71,7 @@ class Vae(nn.Module):
         self.decoder = Decoder(
             latent,
             config.block_out_channels[::-1],
-            config.out_channels,
+            config.out_channels * folded,
             config.layers_per_block + 1,
             config.norm_num_groups,
             config.mid_attention,
@@ -84,6 +85,8 @@ class Vae(nn.Module):
 
     def encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Map [B, 3, H, W] in [-1, 1] to `mean` and `log_variance`, both [B, c, h, w]."""
+        if self.config.patch_size > 1:
+            pixel_values = F.pixel_unshuffle(pixel_values, self.config.patch_size)
         moments: Tensor = self.encoder(pixel_values)
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
@@ -95,6 +98,8 @@ class Vae(nn.Module):
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
         pixel_values: Tensor = self.decoder(latents)
+        if self.config.patch_size > 1:
+            pixel_values = F.pixel_shuffle(pixel_values, self.config.patch_size)
         return pixel_values
 
     def forward(self, pixel_values: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:

@@ -1,0 +1,67 @@
+"""Read the training pictures: emoji, flowers and rendered scenes, all 128x128, with captions."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scenes"))
+
+from render import render  # noqa: E402
+
+from diptych.evaluation.scenes import paraphrase, sample_scene, sentence  # noqa: E402
+
+SIDE = 128
+FOLDERS = {
+    "emoji": ("noto_emoji_128", "fxemoji_128"),
+    "flowers": ("flowers_128",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Captioned:
+    """Hold `pictures` uint8 [N, 128, 128, 3] and the sentences that describe each."""
+
+    pictures: NDArray[np.uint8]
+    captions: list[list[str]]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+def photographs(data: Path, domain: str, split: str) -> Captioned:
+    """Read the pictures of a domain, transparent ones on white."""
+    pictures, captions = [], []
+    for folder in (data / name for name in FOLDERS[domain]):
+        with (folder / "captions.jsonl").open(encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        for row in rows:
+            if row["split"] == split:
+                pictures.append(_read(folder / row["file"]))
+                captions.append(row["captions"])
+    return Captioned(np.stack(pictures), captions)
+
+
+def scenes(count: int, seed: int) -> Captioned:
+    """Render `count` scenes that are not held out, each with paraphrases of its sentence."""
+    rng = np.random.default_rng(seed)
+    pictures, captions = [], []
+    for _ in range(count):
+        scene = sample_scene(rng)
+        picture, _ = render(scene, rng)
+        pictures.append(np.asarray(picture))
+        captions.append([sentence(scene), *(paraphrase(scene, rng) for _ in range(3))])
+    return Captioned(np.stack(pictures), captions)
+
+
+def _read(path: Path) -> NDArray[np.uint8]:
+    with Image.open(path) as opened:
+        picture = opened.convert("RGBA")
+    white = Image.new("RGBA", picture.size, "white")
+    return np.asarray(Image.alpha_composite(white, picture).convert("RGB"))

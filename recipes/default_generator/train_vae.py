@@ -1,0 +1,167 @@
+"""Stage 1: learn to squeeze pictures into latents, and back.
+
+    python recipes/default_generator/train_vae.py [config.toml]
+    torchrun --nproc-per-node 2 recipes/default_generator/train_vae.py     # one process a core
+
+Random crops, so that one step sees many textures; no adversary: squared error with a share of
+absolute error. Goes on from the last saved state; all chance follows from the seed and the step.
+"""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pictures import Captioned, photographs, scenes
+from torch import Tensor, nn
+
+from diptych.models.vae import Vae, VaeConfig
+from diptych.training.parallel import Workers
+from diptych.training.state import (
+    Average,
+    Log,
+    decayed,
+    learning_rate,
+    load_state,
+    read_average,
+    save_state,
+)
+
+Pictures = NDArray[np.uint8]
+SAVE_EVERY = 200
+
+
+def main() -> None:
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("config.toml")
+    config = tomllib.loads(path.read_text())
+    settings, output = {**config["vae"], **config["train_vae"]}, Path(config["output"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    workers = Workers()
+    torch.manual_seed(config["seed"])
+    module = build(config).to(device)
+    average = Average(module, settings["ema_decay"])
+    optimizer = torch.optim.AdamW(
+        decayed(module.named_parameters(), settings["weight_decay"]),
+        lr=settings["learning_rate"],
+        betas=(0.9, 0.99),
+    )
+    state, log, first = output / "vae.safetensors", Log(output / "vae.jsonl"), 0
+    if state.exists():
+        first = load_state(state, module, average, optimizer)["step"]
+    data, total = read(config), settings["steps"]
+    rows = workers.share(settings["batch_size"])
+    sums: dict[str, float] = {}
+    for step in range(first, total):
+        for group in optimizer.param_groups:
+            group["lr"] = settings["learning_rate"] * learning_rate(
+                step, total, settings["warmup_steps"]
+            )
+        rng = np.random.default_rng((config["seed"], step))
+        pixels, noise = batch(data, settings, rng)
+        losses = loss(module, pixels[rows].to(device), noise[rows].to(device), settings)
+        optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        workers.average(module.parameters())
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        average.update(module)
+        sums = {name: sums.get(name, 0.0) + value.item() for name, value in losses.items()}
+        if workers.leads and ((step + 1) % SAVE_EVERY == 0 or step + 1 == total):
+            count = (step % SAVE_EVERY) + 1
+            log.write(
+                step=step + 1, **{name: round(value / count, 5) for name, value in sums.items()}
+            )
+            sums = {}  # what the first process saw
+            save_state(state, module, average, optimizer, {"step": step + 1})
+    if workers.leads:
+        log.write(step=total, **validate(config, device))
+    workers.close()
+
+
+def build(config: dict[str, Any], **changes: Any) -> Vae:
+    """Return the autoencoder of a config, with random weights."""
+    words = {**config["vae"], **changes}
+    words["block_out_channels"] = tuple(words["block_out_channels"])
+    module = Vae(VaeConfig(**words))
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 4:
+            # Keep the variance, and let every residual block begin as almost nothing: a narrow
+            # network of torch's default start stays on a plateau for hundreds of steps.
+            nn.init.kaiming_normal_(parameter, nonlinearity="linear")
+            parameter.data.mul_(0.2 if "conv2" in name else 1.0)
+    return module
+
+
+def trained(config: dict[str, Any], device: torch.device) -> Vae:
+    """Return the autoencoder with the averaged weights of stage 1."""
+    module = build(config)
+    module.load_state_dict(read_average(Path(config["output"]) / "vae.safetensors"))
+    return module.eval().to(device)
+
+
+def read(config: dict[str, Any]) -> dict[str, Pictures]:
+    data = Path(config["data"])
+    found = {name: photographs(data, name, "train") for name in ("emoji", "flowers")}
+    found["scenes"] = scenes(3000, config["seed"])
+    return {name: each.pictures for name, each in found.items()}
+
+
+def batch(
+    data: dict[str, Pictures], settings: dict[str, Any], rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Cut random crops, some mirrored; [B, 3, crop, crop] in [-1, 1], and noise for the latents."""
+    side, names = settings["crop"], list(settings["mix"])
+    chosen = rng.choice(names, settings["batch_size"], p=[settings["mix"][n] for n in names])
+    crops = []
+    for name in chosen:
+        picture = data[name][rng.integers(len(data[name]))]
+        top, left = rng.integers(0, picture.shape[0] - side + 1, 2)
+        crop = picture[top : top + side, left : left + side]
+        crops.append(crop[:, ::-1] if rng.random() < 0.5 else crop)
+    small = (len(crops), settings["latent_channels"], side // 8, side // 8)
+    return to_pixels(np.stack(crops)), torch.from_numpy(rng.standard_normal(small, np.float32))
+
+
+def to_pixels(pictures: Pictures) -> Tensor:
+    """Turn uint8 [B, H, W, 3] into float [B, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def loss(
+    module: Vae, pixels: Tensor, noise: Tensor, settings: dict[str, Any]
+) -> dict[str, Tensor]:
+    decoded, mean, log_variance = module(pixels, noise)
+    difference = decoded - pixels
+    squared, absolute = difference.square().mean(), difference.abs().mean()
+    divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    total = squared + settings["absolute_weight"] * absolute + settings["kl_weight"] * divergence
+    parts = {"squared": squared, "divergence": divergence}
+    return {"loss": total, **{name: part.detach() for name, part in parts.items()}}
+
+
+@torch.no_grad()
+def validate(config: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Measure PSNR of held-out pictures, dB, mean over pictures; and the spread of latents."""
+    module, found, spread = trained(config, device), {}, []
+    data = Path(config["data"])
+    held_out: dict[str, Captioned] = {n: photographs(data, n, "val") for n in ("emoji", "flowers")}
+    held_out["scenes"] = scenes(100, config["seed"] + 1)
+    for name, each in held_out.items():
+        ratios = []
+        for start in range(0, len(each), 32):
+            pixels = to_pixels(each.pictures[start : start + 32]).to(device)
+            mean, _ = module.encode(pixels)
+            error = (module.decode(mean).clamp(-1, 1) - pixels).square().mean((1, 2, 3))
+            ratios += (10 * torch.log10(4 / error)).tolist()
+            spread.append(mean.flatten(1).std(1).mean().item())
+        found[f"psnr_{name}"] = round(float(np.mean(ratios)), 2)
+    return {**found, "latent_std": round(float(np.mean(spread)), 4)}
+
+
+if __name__ == "__main__":
+    main()

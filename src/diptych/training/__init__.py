@@ -1,0 +1,1 @@
+"""Teach networks: what every recipe and fine-tuning shares."""
