@@ -42,7 +42,7 @@ from diptych.training.state import Average, Log, decayed, learning_rate, save_st
 COUNT = 4
 ATTRIBUTES = [COUNT, 2 + len(SIZES), 1 + len(COLOURS), 1 + len(SHAPES)]
 HEADS = [*ATTRIBUTES, *ATTRIBUTES, 2 + len(RELATIONS), 1 + len(BACKGROUNDS)]
-LOG_EVERY = 100
+LOG_EVERY = 40
 
 
 class Reader(nn.Module):

@@ -244,9 +244,12 @@ class _UNet:
 def vae_encoder_graph(config: Config, weights: Weights) -> Graph:
     """Write `pixel_values` [B, 3, H, W] to `mean` and `log_variance` [B, c, h, w]."""
     graph = Graph("vae_encoder")
-    write, levels = LayerWriter(graph, weights), len(config["block_out_channels"])
-    graph.input("pixel_values", "FLOAT", ["B", config["in_channels"], "H", "W"])
-    hidden = write.conv("pixel_values", "encoder.conv_in", pad=1)
+    patch, levels = config["patch_size"], len(config["block_out_channels"])
+    write = LayerWriter(graph, _folded(weights, patch))
+    hidden = graph.input("pixel_values", "FLOAT", ["B", config["in_channels"], "H", "W"])
+    if patch > 1:
+        hidden = graph.add("SpaceToDepth", hidden, blocksize=patch)
+    hidden = write.conv(hidden, "encoder.conv_in", pad=1)
     for level in range(levels):
         path = f"encoder.down_blocks.{level}"
         for index in range(config["layers_per_block"]):
@@ -286,8 +289,25 @@ def vae_decoder_graph(config: Config, weights: Weights) -> Graph:
             hidden = write.conv(hidden, f"{path}.upsamplers.0.conv", pad=1)
     hidden = _vae_end(write, config, hidden, "decoder")
     output = graph.output("pixel_values", ["B", config["out_channels"], "H", "W"])
-    write.conv(hidden, "decoder.conv_out", pad=1, to=output)
+    if (patch := config["patch_size"]) == 1:
+        write.conv(hidden, "decoder.conv_out", pad=1, to=output)
+    else:
+        hidden = write.conv(hidden, "decoder.conv_out", pad=1)
+        graph.add("DepthToSpace", hidden, to=output, blocksize=patch, mode="CRD")
     return graph
+
+
+def _folded(weights: Weights, patch: int) -> Weights:
+    """Order the first convolution's inputs as SpaceToDepth gives them: the place, then the colour.
+
+    torch's `pixel_unshuffle` gives the colour first.
+    """
+    if patch == 1:
+        return weights
+    name = "encoder.conv_in.weight"
+    kernel = weights[name]
+    split = kernel.reshape(len(kernel), -1, patch**2, *kernel.shape[2:])
+    return {**weights, name: np.ascontiguousarray(split.swapaxes(1, 2)).reshape(kernel.shape)}
 
 
 def _vae_middle(write: LayerWriter, config: Config, hidden: str, path: str) -> str:

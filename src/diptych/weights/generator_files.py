@@ -258,7 +258,8 @@ def _stated_defaults(own: Any) -> dict[str, Any]:
 
 def _defaults(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     unet, vae = configs["unet"], configs["vae"]
-    side = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    scale = vae.get("patch_size", 1) * 2 ** (len(vae["block_out_channels"]) - 1)
+    side = unet["sample_size"] * scale
     found: dict[str, Any] = {"width": side, "height": side}
     if unet["addition_time_embed_dim"] is not None:
         found["guidance_scale"] = 5.0

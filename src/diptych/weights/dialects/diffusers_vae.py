@@ -74,6 +74,7 @@ FIELDS = {
     "use_post_quant_conv": Field("bool", True),
     "mid_attention": Field("bool", True, foreign="mid_block_add_attention"),
     "force_upcast": Field("bool", True),
+    "patch_size": Field("int", 1, 1, 16),  # ours; published models have none
 }
 _BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 
@@ -104,6 +105,8 @@ def write_config(config: Mapping[str, Any]) -> dict[str, Any]:
     config = check_config(config)
     count = len(config["block_out_channels"])
     words = {FIELDS[name].foreign or name: value for name, value in config.items()}
+    if config["patch_size"] == 1:
+        del words["patch_size"]
     return {
         "_class_name": "AutoencoderKL",
         **words,

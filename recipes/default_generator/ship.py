@@ -1,0 +1,82 @@
+"""Stage 5: write the trained networks as the folder that ships.
+
+    python recipes/default_generator/ship.py [config.toml] [folder]
+
+The checkpoint in the layout of diffusers, float16, and beside it the ONNX networks that run
+without torch. The normalisation of the latents moves into the 1x1 convolutions on both sides of
+them, so that the scaling factor is 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from train import painted, schedule_config
+from train_vae import trained
+
+from diptych.models.vae import Vae
+from diptych.runtimes.export_generator import export_generator
+from diptych.weights.diffusion import describe_generator
+from diptych.weights.save_generator import save_generator
+
+ROOT = Path(__file__).resolve().parents[2]
+EMBEDDED = ROOT / "src" / "diptych" / "weights" / "embedded" / "generator"
+
+
+def main() -> None:
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("config.toml")
+    folder = Path(sys.argv[2]) if len(sys.argv) > 2 else EMBEDDED
+    config = tomllib.loads(path.read_text())
+    painter = painted(config)
+    modules = {
+        "text_encoder": painter.text_encoder,
+        "unet": painter.unet,
+        "vae": normalised(trained(config, torch.device("cpu")), *statistics(config)),
+    }
+    save_generator(
+        modules,
+        folder,
+        schedule=dataclasses.asdict(schedule_config(config)),
+        tokenizers={"tokenizer": Path(config["output"]) / "tokenizer"},
+        defaults=config["defaults"],
+        dtype="float16",
+    )
+    report = export_generator(
+        modules, describe_generator(folder), folder, precision=config["ship"]["precision"]
+    )
+    print(report)
+
+
+def statistics(config: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    with safe_open(Path(config["output"]) / "latents.safetensors", "pt") as file:
+        return file.get_tensor("mean"), file.get_tensor("std")
+
+
+@torch.no_grad()
+def normalised(vae: Vae, mean: Tensor, std: Tensor) -> Vae:
+    """Fold (latents - mean) / std into the convolution after the encoder, its inverse before the
+    decoder's first.
+    """
+    assert vae.quant_conv is not None and vae.post_quant_conv is not None
+    assert vae.quant_conv.bias is not None and vae.post_quant_conv.bias is not None
+    count = len(mean)
+    weight, bias = vae.quant_conv.weight, vae.quant_conv.bias
+    bias[:count] = (bias[:count] - mean) / std
+    weight[:count] /= std[:, None, None, None]
+    bias[count:] -= 2 * std.log()
+    weight, bias = vae.post_quant_conv.weight, vae.post_quant_conv.bias
+    bias += weight[:, :, 0, 0] @ mean
+    weight *= std[None, :, None, None]
+    vae.config = dataclasses.replace(vae.config, scaling_factor=1.0)
+    return vae
+
+
+if __name__ == "__main__":
+    main()
