@@ -164,7 +164,6 @@ def places_by_diffusers(tensors: Tensors, config: UNetConfig) -> set[str]:
 
 
 ATTENTION = r"attn|proj_in|proj_out|ff\.net|mlp\.fc"
-# Held against our own table of names only: diffusers misreads some of the convolutions.
 LOCON = ATTENTION + r"|conv|time_emb"
 
 
@@ -179,9 +178,8 @@ def test_reads_kohya(family: str, pattern: str, tmp_path: Path) -> None:
     tensors: Tensors = {}
     for (network, path), update in updates.items():
         tensors |= kohya(prefixes[network], path, update)
-    if pattern == ATTENTION:
-        ours = {f"{network}.{path}" for network, path in updates}
-        assert places_by_diffusers(tensors, modules["unet"].config) == ours
+    ours = {f"{network}.{path}" for network, path in updates}
+    assert places_by_diffusers(tensors, modules["unet"].config) == ours
     save_file(tensors, tmp_path / "lora.safetensors")
     check_applied(modules, updates, tmp_path / "lora.safetensors")
 
@@ -197,8 +195,7 @@ def test_reads_the_block_numbers_of_ldm(pattern: str, tmp_path: Path) -> None:
         (name,) = backwards(dialect, [f"{path}.weight"]).values()
         tensors |= kohya("lora_unet", name.removesuffix(".weight"), update)
     assert any("output_blocks_5_1_transformer_blocks_1" in name for name in tensors)
-    if pattern == ATTENTION:
-        assert places_by_diffusers(tensors, unet.config) == {f"unet.{path}" for _, path in updates}
+    assert places_by_diffusers(tensors, unet.config) == {f"unet.{path}" for _, path in updates}
     save_file(tensors, tmp_path / "lora.safetensors")
     check_applied(modules, updates, tmp_path / "lora.safetensors")
 
