@@ -212,7 +212,10 @@ def guidance_embedding(guidance_scale: float, rows: int, size: int = 256) -> NDA
 
 
 def _spread(output: Array) -> Array:
-    return output.std(axis=(1, 2, 3), correction=1, keepdims=True)
+    """Return the standard deviation of each image, `B 1 1 1`."""
+    axes = (1, 2, 3)
+    centred = output - output.mean(axis=axes, keepdims=True)
+    return (centred * centred).mean(axis=axes, keepdims=True) ** 0.5
 
 
 def _concatenate(arrays: Sequence[Array], axis: int) -> Array:

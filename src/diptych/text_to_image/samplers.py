@@ -141,17 +141,97 @@ def euler(
         yield Step(index, latents, denoised)
 
 
+def euler_a(
+    denoise: Denoise, latents: Array, sigmas: Sequence[float], noise: NoiseSource
+) -> Iterator[Step]:
+    """Euler steps that go too far and add fresh noise (k-diffusion's ancestral sampler)."""
+    for index, (sigma, target) in enumerate(pairwise(sigmas)):
+        denoised = denoise(latents, sigma)
+        down, up = _ancestral(sigma, target)
+        latents = latents + (latents - denoised) / sigma * (down - sigma)
+        if up:
+            latents = latents + noise.like(latents) * up
+        yield Step(index, latents, denoised)
+
+
+def heun(
+    denoise: Denoise, latents: Array, sigmas: Sequence[float], noise: NoiseSource
+) -> Iterator[Step]:
+    """Heun's method (Karras et al. 2022, algorithm 1): two calls a step, one in a step to 0."""
+    for index, (sigma, target) in enumerate(pairwise(sigmas)):
+        denoised = denoise(latents, sigma)
+        slope = (latents - denoised) / sigma
+        arrived = latents + slope * (target - sigma)
+        if target:
+            denoised = denoise(arrived, target)
+            slope = (slope + (arrived - denoised) / target) / 2
+            arrived = latents + slope * (target - sigma)
+        latents = arrived
+        yield Step(index, latents, denoised)
+
+
+def lms(
+    denoise: Denoise,
+    latents: Array,
+    sigmas: Sequence[float],
+    noise: NoiseSource,
+    *,
+    order: int = 4,
+) -> Iterator[Step]:
+    """Linear multistep in sigma: integrate the polynomial through the last `order` slopes."""
+    slopes: list[Array] = []  # the newest first
+    for index, (sigma, target) in enumerate(pairwise(sigmas)):
+        denoised = denoise(latents, sigma)
+        slopes = [(latents - denoised) / sigma, *slopes[: order - 1]]
+        nodes = [sigmas[index - back] for back in range(len(slopes))]
+        latents = latents + _weighted(slopes, _lagrange_integrals(nodes, target))
+        yield Step(index, latents, denoised)
+
+
+# Adams-Bashforth: weights of the newest slope first, by how many there are.
+_ADAMS = (
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
+
+
+def pndm(
+    denoise: Denoise, latents: Array, sigmas: Sequence[float], noise: NoiseSource
+) -> Iterator[Step]:
+    """PLMS (Liu et al. 2022): Adams-Bashforth on the noise, N + 1 calls.
+
+    The first step is Heun's; the slope at its end is not kept, the network is asked there again.
+    """
+    slopes: list[Array] = []
+    for index, (sigma, target) in enumerate(pairwise(sigmas)):
+        denoised = denoise(latents, sigma)
+        slopes = [(latents - denoised) / sigma, *slopes[:3]]
+        slope = _weighted(slopes, _ADAMS[len(slopes) - 1])
+        if index == 0 and len(sigmas) > 2:
+            arrived = latents + slope * (target - sigma)
+            denoised = denoise(arrived, target)
+            slope = (slope + (arrived - denoised) / target) / 2
+        latents = latents + slope * (target - sigma)
+        yield Step(index, latents, denoised)
+
+
 def dpmpp_2m(
     denoise: Denoise,
     latents: Array,
     sigmas: Sequence[float],
     noise: NoiseSource,
     *,
+    eta: float = 0.0,
     solver_type: str = "midpoint",
     lower_order_final: bool = True,
     euler_at_final: bool = False,
 ) -> Iterator[Step]:
-    """DPM-Solver++ (2M): second order from the step before (Lu et al. 2022)."""
+    """DPM-Solver++ (2M): second order from the step before (Lu et al. 2022).
+
+    `eta` 1 solves the reverse SDE instead of the ODE.
+    """
     is_first_order_last = euler_at_final or (lower_order_final and len(sigmas) <= 15)
     before: Array = None
     for index, (sigma, target) in enumerate(pairwise(sigmas)):
@@ -161,13 +241,93 @@ def dpmpp_2m(
             latents = denoised
         else:
             h = math.log(sigma / target)
-            shrink = -math.expm1(-h)
-            latents = latents * (target / sigma) + denoised * shrink
+            rate = (1 + eta) * h
+            shrink = -math.expm1(-rate)
+            latents = latents * math.exp(-rate) + denoised * shrink
             if before is not None and not (is_last and is_first_order_last):
                 slope = (denoised - before) * (h / math.log(sigmas[index - 1] / sigma))
-                of_slope = 1 - shrink / h if solver_type == "heun" else shrink / 2
-                latents = latents + slope * of_slope
+                latents = latents + slope * (
+                    1 - shrink / rate if solver_type == "heun" else shrink / 2
+                )
+            if eta:
+                up = target * math.sqrt(-math.expm1(-2 * eta * h))
+                latents = latents + noise.like(latents) * up
         before = denoised
+        yield Step(index, latents, denoised)
+
+
+def dpmpp_2m_sde(
+    denoise: Denoise,
+    latents: Array,
+    sigmas: Sequence[float],
+    noise: NoiseSource,
+    *,
+    eta: float = 1.0,
+    **settings: Any,
+) -> Iterator[Step]:
+    """SDE-DPM-Solver++ (2M): the same for the reverse SDE (Lu et al. 2022, appendix)."""
+    yield from dpmpp_2m(denoise, latents, sigmas, noise, eta=eta, **settings)
+
+
+def dpmpp_sde(
+    denoise: Denoise, latents: Array, sigmas: Sequence[float], noise: NoiseSource
+) -> Iterator[Step]:
+    """DPM-Solver++ for the SDE by a half step: two calls and two draws a step."""
+    for index, (sigma, target) in enumerate(pairwise(sigmas)):
+        denoised = denoise(latents, sigma)
+        if target == 0:
+            latents = denoised
+        else:
+            middle = math.sqrt(sigma * target)
+            first = noise.like(latents)
+            halfway = _ancestral_step(latents, denoised, first, sigma, middle)
+            denoised = denoise(halfway, middle)
+            # One Brownian path: the whole step's noise is that of the half step, walked on.
+            whole = first * math.sqrt((sigma - middle) / (sigma - target))
+            rest = math.sqrt((middle - target) / (sigma - target))
+            whole = whole + noise.like(latents) * rest
+            latents = _ancestral_step(latents, denoised, whole, sigma, target)
+        yield Step(index, latents, denoised)
+
+
+def unipc(
+    denoise: Denoise,
+    latents: Array,
+    sigmas: Sequence[float],
+    noise: NoiseSource,
+    *,
+    solver_order: int = 2,
+    solver_type: str = "bh2",
+    lower_order_final: bool = True,
+) -> Iterator[Step]:
+    """UniPC (Zhao et al. 2023): each call corrects the step before, then predicts the next."""
+    seen: list[tuple[float, Array]] = []  # (sigma, denoised), the newest first
+    corrected, order = latents, 0
+    for index, (sigma, target) in enumerate(pairwise(sigmas)):
+        denoised = denoise(latents, sigma)
+        if order:
+            latents = _unipc_move(corrected, seen[:order], sigma, solver_type, denoised)
+        seen = [(sigma, denoised), *seen[: solver_order - 1]]
+        left = len(sigmas) - 1 - index
+        order = min(len(seen), left) if lower_order_final else len(seen)
+        corrected = latents
+        if target == 0:
+            latents = denoised
+        else:
+            latents = _unipc_move(latents, seen[:order], target, solver_type)
+        yield Step(index, latents, denoised)
+
+
+def lcm(
+    denoise: Denoise, latents: Array, sigmas: Sequence[float], noise: NoiseSource
+) -> Iterator[Step]:
+    """Latent consistency (Luo et al. 2023): jump to the picture, add noise again, less each time.
+
+    `denoise` has to keep LCM's boundary condition: `denoiser.Consistency`.
+    """
+    for index, (sigma, target) in enumerate(pairwise(sigmas)):
+        denoised = denoise(latents, sigma)
+        latents = denoised + noise.like(denoised) * target if target else denoised
         yield Step(index, latents, denoised)
 
 
@@ -177,6 +337,79 @@ def _ancestral(sigma: float, target: float, eta: float = 1.0) -> tuple[float, fl
         return target, 0.0
     up = min(target, eta * math.sqrt(max(target**2 * (sigma**2 - target**2), 0)) / sigma)
     return math.sqrt(target**2 - up**2), up
+
+
+def _ancestral_step(
+    latents: Array, denoised: Array, drawn: Array, sigma: float, target: float
+) -> Array:
+    down, up = _ancestral(sigma, target)
+    return denoised + (latents - denoised) * (down / sigma) + drawn * up
+
+
+def _weighted(arrays: Sequence[Array], weights: Sequence[float]) -> Array:
+    total = arrays[0] * weights[0]
+    for array, weight in zip(arrays[1:], weights[1:], strict=True):
+        total = total + array * weight
+    return total
+
+
+def _lagrange_integrals(nodes: Sequence[float], target: float) -> list[float]:
+    """Return the integral, from nodes[0] to `target`, of each node's Lagrange polynomial."""
+    places = [node - nodes[0] for node in nodes]
+    integrals = []
+    for place in places:
+        others = [other for other in places if other != place]
+        polynomial = np.polynomial.Polynomial.fromroots(others) if others else _ONE
+        whole = polynomial.integ()(target - nodes[0])
+        integrals.append(float(whole / polynomial(place)))
+    return integrals
+
+
+_ONE = np.polynomial.Polynomial([1.0])
+
+
+def _unipc_move(
+    latents: Array,
+    seen: Sequence[tuple[float, Array]],
+    target: float,
+    solver_type: str,
+    arrived: Array = None,
+) -> Array:
+    """Return the latents at `target` from those at the newest sigma of `seen`, its order's number.
+
+    With `arrived`, the denoised latents at `target`, this is the corrector, else the predictor.
+    """
+    (sigma, newest), *older = seen
+    order = len(seen)
+    h = math.log(sigma / target)
+    shrink = math.expm1(-h)
+    scale = -h if solver_type == "bh1" else shrink
+    ratios = [math.log(sigma / other) / h for other, _ in older]
+    differences = [
+        (denoised - newest) / ratio for (_, denoised), ratio in zip(older, ratios, strict=True)
+    ]
+    if arrived is not None:
+        ratios, differences = [*ratios, 1.0], [*differences, arrived - newest]
+    latents = latents * (target / sigma) - newest * shrink
+    if not differences:
+        return latents
+    # The published coefficients: those of the smallest systems are fixed at one half.
+    if order == 1 or (order == 2 and arrived is None):
+        weights = [0.5]
+    else:
+        weights = _unipc_weights(ratios, h, scale)
+    return latents - _weighted(differences, weights) * scale
+
+
+def _unipc_weights(ratios: Sequence[float], h: float, scale: float) -> list[float]:
+    """Solve sum_k weight_k ratio_k^(i-1) = i! phi_(i+1)(-h) (-h) / scale for i = 1, 2, …"""  # noqa: D400
+    wanted, phi, factorial = [], math.expm1(-h) / -h - 1, 1
+    for i in range(1, len(ratios) + 1):
+        wanted.append(phi * factorial / scale)
+        factorial *= i + 1
+        phi = phi / -h - 1 / factorial
+    powers = np.vander(ratios, increasing=True).T
+    return [float(weight) for weight in np.linalg.solve(powers, wanted)]
 
 
 _WORD = np.uint64(0xFFFFFFFF)
@@ -210,8 +443,18 @@ def _philox_normal(seed: int, offset: int, shape: Sequence[int]) -> NDArray[np.f
 SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
     {
         "ddim": ddim,
-        "ddim_inversion": ddim_inversion,
         "euler": euler,
+        "euler_a": euler_a,
+        "heun": heun,
         "dpmpp_2m": dpmpp_2m,
+        "dpmpp_2m_sde": dpmpp_2m_sde,
+        "dpmpp_sde": dpmpp_sde,
+        "unipc": unipc,
+        "lms": lms,
+        "lcm": lcm,
+        "pndm": pndm,
+        # Distilled for one to four ancestral steps from the last timestep; `Steps` see to that.
+        "turbo": euler_a,
+        "ddim_inversion": ddim_inversion,
     }
 )

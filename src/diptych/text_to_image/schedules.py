@@ -145,8 +145,10 @@ class NoiseSchedule:
         floored = alphas_cumprod.copy()
         if self.config.rescale_betas_zero_snr:
             floored[-1] = _TERMINAL_ALPHA
-        self.sigmas = np.sqrt((1 - floored) / floored).astype(np.float64)
-        self._log_sigmas = np.log(self.sigmas)
+        sigmas = np.sqrt((1 - floored) / floored)
+        self.sigmas = sigmas.astype(np.float64)
+        # In float32, since some timesteps are rounded down from just at a whole number.
+        self._log_sigmas = np.log(sigmas).astype(np.float64)
 
     def steps(
         self,
