@@ -7,7 +7,7 @@ import json
 import platform
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -43,20 +43,26 @@ def network_size(path: Path) -> int:
     return path.stat().st_size + data_path(path).stat().st_size
 
 
-def write_artifact(folder: Path, document: Mapping[str, Any]) -> None:
+def write_artifact(
+    folder: Path,
+    document: Mapping[str, Any],
+    *,
+    task: str = "image-to-text",
+    networks: Sequence[str] = NETWORKS,
+) -> None:
     """Write `artifact.json` for the networks that are in `folder`; `document` is the rest."""
-    networks = {}
-    for network in NETWORKS:
+    files = {}
+    for network in networks:
         path = network_path(folder, network)
-        networks[network] = {**_entry(path), "data": _entry(data_path(path))}
+        files[network] = {**_entry(path), "data": _entry(data_path(path))}
     write_json(
         folder / "artifact.json",
         {
             "format": _FORMAT,
             "version": _VERSION,
-            "task": "image-to-text",
+            "task": task,
             **document,
-            "networks": networks,
+            "networks": files,
             "diptych_version": __version__,
         },
     )
@@ -103,9 +109,11 @@ def staged(folder: Path) -> Iterator[Path]:
         if is_new:
             staging.rename(folder)
         else:
-            files = sorted(staging.iterdir(), key=lambda path: path.name == "artifact.json")
-            for path in files:
-                path.replace(folder / path.name)
+            files = [path for path in staging.rglob("*") if path.is_file()]
+            for path in sorted(files, key=lambda path: path.name == "artifact.json"):
+                target = folder / path.relative_to(staging)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(target)
     except OSError as error:
         raise BadInput(
             f"{folder} cannot be written: {error.strerror or error}: make room, or give another"

@@ -170,11 +170,11 @@ def open_generator_networks(
     _check(runtime, device, dtype)
     chosen, reason = _choose(model, runtime, device, dtype)
     if chosen == "onnxruntime":
-        from diptych.runtimes.on_onnxruntime import open_generator_artifact
+        from diptych.runtimes.on_onnxruntime import open_generator_files
 
         device, dtype = "cpu", {"fp32": "float32"}.get(model.precision or "", model.precision or "")
         opened = OpenNetworks(
-            open_generator_artifact(model),
+            open_generator_files(model.networks, model.configs["unet"]),
             runtime=chosen,
             device=device,
             dtype=dtype,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -16,16 +16,13 @@ from numpy.typing import NDArray
 from diptych.errors import BadInput, UnsupportedModel
 from diptych.runtimes.network import GENERATOR_NETWORKS, Network, check_wanted, unet_inputs
 
-if TYPE_CHECKING:
-    from diptych.weights.diffusion import GeneratorFolder
-
 __all__ = [
     "OnnxDecoder",
     "OnnxEncoder",
     "OnnxNetwork",
     "available_cores",
     "open_artifact",
-    "open_generator_artifact",
+    "open_generator_files",
 ]
 
 Floats = NDArray[np.float32]
@@ -40,12 +37,14 @@ def open_artifact(files: Mapping[str, Path]) -> dict[str, Network]:
     return {"encoder": OnnxEncoder(files["encoder"]), "decoder": decoder}
 
 
-def open_generator_artifact(model: GeneratorFolder) -> dict[str, Network]:
+def open_generator_files(
+    files: Mapping[str, Path], unet_config: Mapping[str, Any]
+) -> dict[str, Network]:
     """Prepare the networks of a generator; each file is opened when it is first needed."""
     networks: dict[str, Network] = {}
-    for name, path in model.networks.items():
+    for name, path in files.items():
         inputs, outputs = GENERATOR_NETWORKS[name]
-        inputs = unet_inputs(model.configs["unet"]) if name == "unet" else inputs
+        inputs = unet_inputs(unet_config) if name == "unet" else inputs
         networks[name] = OnnxNetwork(path, inputs, outputs, keep_memory=name == "unet")
     return networks
 

@@ -11,17 +11,15 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from diptych.models import clip_text, unet, vae
 from diptych.runtimes.network import OpenNetworks, check_wanted
-from diptych.runtimes.on_torch import OneDnnLinear, best_device, has_onednn
-
-if TYPE_CHECKING:
-    from diptych.weights.diffusion import GeneratorFolder
+from diptych.runtimes.on_torch import best_device
+from diptych.weights.diffusion import GeneratorFolder
 
 __all__ = ["Stage", "TorchNetwork", "generator_networks", "open_generator_checkpoint"]
 
@@ -53,7 +51,7 @@ def open_generator_checkpoint(
     if not roomy and offload is None:
         offload = not _has_room(device, sum(_bytes(module) for module in modules.values()))
     for module in modules.values():
-        _prepare(module.eval().requires_grad_(False), device)
+        _lay_out(module.eval().requires_grad_(False))
     return generator_networks(modules, device, offload=bool(offload), reason=reason)
 
 
@@ -203,17 +201,9 @@ def _decode_picture(module: Any, arrays: Mapping[str, Any]) -> tuple[Tensor, ...
     return (module.decode(arrays["latents"]),)
 
 
-def _prepare(module: nn.Module, device: str) -> None:
-    """Lay `module` out for speed, in place; its numbers stay as they are."""
-    # Kernels as convolutions read them.
+def _lay_out(module: nn.Module) -> None:
+    """Keep kernels in the order in which convolutions read them; the numbers stay the same."""
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    plain = device == "cpu" and next(module.parameters()).dtype == torch.float32
-    if not plain or not has_onednn():
-        return
-    for parent in [*module.modules()]:
-        for name, child in parent.named_children():
-            if type(child) is nn.Linear:
-                setattr(parent, name, OneDnnLinear(child.weight, child.bias))
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> bool:

@@ -1,0 +1,189 @@
+"""Turn a generator's modules into an artifact: ONNX files that run without torch, and measured.
+
+What decides is how far apart the pictures of both are; the tensors' distances are written down too.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx  # noqa: F401  (to say at once that it is missing)
+import torch
+from torch import nn
+
+from diptych.errors import BadInput
+from diptych.runtimes.artifact import (
+    network_path,
+    network_size,
+    staged,
+    versions,
+    write_artifact,
+    write_json,
+)
+from diptych.runtimes.generator_graphs import (
+    text_encoder_graph,
+    unet_graph,
+    vae_decoder_graph,
+    vae_encoder_graph,
+)
+from diptych.runtimes.graph import Graph, Weights
+from diptych.runtimes.network import OpenNetworks
+from diptych.runtimes.on_onnxruntime import open_generator_files
+from diptych.runtimes.on_torch_generator import generator_networks
+from diptych.runtimes.picture_agreement import (
+    Sketch,
+    compare_generators,
+    compare_pictures,
+    draw,
+    sketch_for,
+)
+from diptych.runtimes.storage import check_precision, shrink
+from diptych.weights.diffusion import GeneratorFolder, copy_tokenizer
+
+__all__ = ["export_generator", "write_networks"]
+
+logger = logging.getLogger("diptych")
+
+Configs = Mapping[str, Mapping[str, Any]]
+
+# The autoencoder's errors are seen as they are, while the UNet's are smoothed by the steps that
+# follow: it keeps half precision where the others are rounded to bytes.
+_ROUNDED = ("text_encoder", "text_encoder_2", "unet")
+_WANTED_DB = {"fp32": 60.0, "fp16": 40.0, "int8": 25.0}
+
+
+def export_generator(
+    modules: Mapping[str, nn.Module],
+    model: GeneratorFolder,
+    folder: str | Path,
+    *,
+    precision: str = "fp32",
+    sketch: Sketch | None = None,
+) -> dict[str, Any]:
+    """Write `modules` as an artifact to `folder`; return the content of its `export.json`.
+
+    `model` says how words and noise are treated. `precision` is how weights are stored: "fp32",
+    "fp16" or "int8"; all compute in float32. Pictures of both are compared as `sketch` says, or
+    over seeded ones. Raises `BadInput` for what cannot be exported or written.
+    """
+    check_precision(precision)
+    with _for_export(modules) as plain:
+        configs = {name: _config(module) for name, module in plain.items()}
+        sketch = sketch or sketch_for(configs)
+        with staged(Path(folder)) as staging:
+            files = write_networks(plain, staging, precision=precision)
+            for name, tokenizer in model.tokenizers.items():
+                copy_tokenizer(tokenizer, staging / name)
+            source = {"name": model.name, "revision": model.revision}
+            document = {
+                "precision": precision,
+                "family": model.family,
+                "configs": configs,
+                "schedule": dict(model.schedule),
+                "defaults": dict(model.defaults),
+                "force_zeros_for_empty_prompt": model.force_zeros_for_empty_prompt,
+                "source": source,
+            }
+            write_artifact(staging, document, task="text-to-image", networks=[*files])
+            report: dict[str, Any] = {
+                "versions": versions("torch", "onnx", "onnxruntime", "numpy"),
+                "source": source,
+                precision: _compare(plain, files, configs, model.schedule, sketch),
+            }
+            write_json(staging / "export.json", report)
+    _warn(folder, precision, report[precision]["pictures"])
+    return report
+
+
+def write_networks(
+    modules: Mapping[str, nn.Module], folder: Path, *, precision: str = "fp32"
+) -> dict[str, Path]:
+    """Write every network of `modules` to `folder`; return their files."""
+    writers: list[tuple[str, Callable[..., Graph]]] = [
+        ("unet", unet_graph),
+        ("vae", vae_encoder_graph),
+        ("vae", vae_decoder_graph),
+    ]
+    files = {}
+    for name in ("text_encoder", "text_encoder_2"):
+        if name in modules:
+            weights = _weights(modules[name])
+            graph = text_encoder_graph(_config(modules[name]), weights, name)
+            files[name] = _write(graph, folder, precision)
+    for name, write in writers:
+        graph = write(_config(modules[name]), _weights(modules[name]))
+        files[graph.name] = _write(graph, folder, precision)
+    return files
+
+
+def _write(graph: Graph, folder: Path, precision: str) -> Path:
+    path = network_path(folder, graph.name)
+    stored = "fp16" if precision == "int8" and graph.name not in _ROUNDED else precision
+    shrink(graph, stored).write(path)
+    return path
+
+
+@contextmanager
+def _for_export(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
+    """Give the modules, or copies of them, in evaluation mode, in float32 and on the CPU."""
+    plain = {}
+    trained = [module for module in modules.values() if module.training]
+    for name, module in modules.items():
+        tensors = [*module.state_dict().values()]
+        if any(tensor.is_meta for tensor in tensors):
+            raise BadInput(f"the {name} has no weights yet: load them first")
+        wanted = (torch.device("cpu"), torch.float32)
+        is_plain = all((each.device, each.dtype) == wanted for each in tensors)
+        plain[name] = module if is_plain else copy.deepcopy(module).to(*wanted)
+        plain[name].eval()
+    try:
+        yield plain
+    finally:
+        for module in trained:
+            module.train()
+
+
+def _config(module: nn.Module) -> dict[str, Any]:
+    config: Any = module.config
+    return dataclasses.asdict(config)
+
+
+def _weights(module: nn.Module) -> Weights:
+    return {name: tensor.detach().numpy() for name, tensor in module.state_dict().items()}
+
+
+def _compare(
+    modules: Mapping[str, nn.Module],
+    files: Mapping[str, Path],
+    configs: Configs,
+    schedule: Mapping[str, Any],
+    sketch: Sketch,
+) -> dict[str, Any]:
+    """Measure the ONNX files beside the modules: pictures, tensors and bytes."""
+    ours = generator_networks(modules)
+    theirs = OpenNetworks(
+        open_generator_files(files, configs["unet"]),
+        runtime="onnxruntime",
+        device="cpu",
+        dtype="float32",
+        reason="compared",
+    )
+    worst = compare_generators(ours, theirs, configs, sketch)
+    pictures = [draw(networks, configs, schedule, sketch) for networks in (ours, theirs)]
+    networks = {
+        name: {"max_abs_difference": worst[name], "bytes": network_size(path)}
+        for name, path in files.items()
+    }
+    return {"pictures": compare_pictures(*pictures), "networks": networks}
+
+
+def _warn(folder: str | Path, precision: str, pictures: Mapping[str, Any]) -> None:
+    worst = pictures["worst_psnr_db"]
+    if worst < _WANTED_DB[precision]:
+        logger.warning("%s: a picture is only at %.1f dB from torch's", folder, worst)

@@ -1,0 +1,98 @@
+"""Store the weights of a graph in fewer bytes; the graph widens them again when it is opened.
+
+What is computed stays float32, and costs what it costs with float32 weights: ONNX Runtime computes
+constants once, when it loads a network. "int8" cuts every row of a matrix or kernel into blocks
+of about 64 numbers with a scale each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diptych.errors import BadInput
+from diptych.runtimes.graph import Graph, Node
+
+__all__ = ["PRECISIONS", "check_precision", "shrink"]
+
+PRECISIONS = ("fp32", "fp16", "int8")
+
+Floats = NDArray[np.float32]
+
+_FEW = 4096  # numbers; an array that is smaller stays as it is
+# Up to this many numbers stay in half precision in an int8 graph: what is read first and written
+# last, where an error is seen, and a percent of the bytes.
+_FEW_FOR_INT8 = 1 << 14
+_LONGEST_BLOCK, _SHORTEST_BLOCK = 72, 16
+_FLOAT = 1  # ONNX's number for float32
+
+
+def check_precision(precision: str) -> None:
+    """Raise `BadInput` for what is no way to store weights."""
+    if precision not in PRECISIONS:
+        choices = f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
+        raise BadInput(f"the precision is {precision!r}: give {choices}")
+
+
+def shrink(graph: Graph, precision: str) -> Graph:
+    """Return `graph` with its weights stored as `precision`; the given one stays as it is."""
+    check_precision(precision)
+    if precision == "fp32":
+        return graph
+    small = Graph(graph.name, inputs=graph.inputs, outputs=graph.outputs)
+    products = {node.inputs[1] for node in graph.nodes if node.op == "MatMul"}
+    for name, array in graph.weights.items():
+        if array.dtype != np.float32 or array.ndim < 2 or array.size < _FEW:
+            small.weight(name, array)
+        elif precision == "int8" and array.size > _FEW_FOR_INT8:
+            _store_bytes(small, name, array, transposed=name in products)
+        else:
+            _store_halves(small, name, array)
+    small.nodes.extend(graph.nodes)
+    return small
+
+
+def _store_halves(graph: Graph, name: str, array: Floats) -> None:
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    if not np.isfinite(half).all():  # beyond 65504
+        graph.weight(name, array)
+        return
+    graph.weight(f"{name}.half", half)
+    _add(graph, "Cast", [f"{name}.half"], name, to=_FLOAT)
+
+
+def _store_bytes(graph: Graph, name: str, array: Floats, *, transposed: bool) -> None:
+    """Write bytes · scales in place of `array`, whose rows are what is multiplied and summed."""
+    rows = array.T if transposed else array
+    numbers, scales = _round(rows.reshape(len(rows), -1))
+    graph.weight(f"{name}.int8", numbers)
+    graph.weight(f"{name}.scales", scales)
+    _add(graph, "Cast", [f"{name}.int8"], f"{name}.numbers", to=_FLOAT)
+    _add(graph, "Mul", [f"{name}.numbers", f"{name}.scales"], f"{name}.blocks")
+    flat = f"{name}.rows" if transposed else name
+    _add(graph, "Reshape", [f"{name}.blocks", graph.ints(*rows.shape)], flat)
+    if transposed:
+        _add(graph, "Transpose", [flat], name, perm=[1, 0])
+
+
+def _round(rows: Floats) -> tuple[NDArray[np.int8], Floats]:
+    """Return [N, K] as bytes [N, K / size, size], with their scales [N, K / size, 1]."""
+    size = _block_size(rows.shape[1])
+    blocks = rows.reshape(len(rows), -1, size)
+    scales = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
+    scales = np.where(scales == 0, np.float32(1), scales).astype(np.float32)
+    return np.rint(blocks / scales).astype(np.int8), scales
+
+
+def _block_size(length: int) -> int:
+    """Return the largest divisor of `length` that is about 64; a row of its own without one."""
+    sizes = range(_LONGEST_BLOCK, _SHORTEST_BLOCK - 1, -1)
+    return next((size for size in sizes if length % size == 0), length)
+
+
+def _add(graph: Graph, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> None:
+    graph.nodes.append(Node(op, tuple(inputs), (output,), attributes))
