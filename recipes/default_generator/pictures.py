@@ -13,9 +13,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scenes"))
 
-from render import render  # noqa: E402
-
-from diptych.evaluation.scenes import paraphrase, sample_scene, sentence  # noqa: E402
+from diptych.evaluation.scenes import paraphrase, sample_scene, sentence
+from render import render
 
 SIDE = 128
 FOLDERS = {

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diptych.weights.save_generator import save_generator
 from safetensors import safe_open
 from torch import Tensor
-from train import painted, schedule_config
-from train_vae import trained
 
 from diptych.models.vae import Vae
 from diptych.runtimes.export_generator import export_generator
 from diptych.weights.diffusion import describe_generator
-from diptych.weights.save_generator import save_generator
+from train import painted, schedule_config
+from train_vae import trained
 
 ROOT = Path(__file__).resolve().parents[2]
 EMBEDDED = ROOT / "src" / "diptych" / "weights" / "embedded" / "generator"
@@ -64,8 +64,10 @@ def normalised(vae: Vae, mean: Tensor, std: Tensor) -> Vae:
     """Fold (latents - mean) / std into the convolution after the encoder, its inverse before the
     decoder's first.
     """
-    assert vae.quant_conv is not None and vae.post_quant_conv is not None
-    assert vae.quant_conv.bias is not None and vae.post_quant_conv.bias is not None
+    assert vae.quant_conv is not None
+    assert vae.post_quant_conv is not None
+    assert vae.quant_conv.bias is not None
+    assert vae.post_quant_conv.bias is not None
     count = len(mean)
     weight, bias = vae.quant_conv.weight, vae.quant_conv.bias
     bias[:count] = (bias[:count] - mean) / std

@@ -1,6 +1,6 @@
 """Stage 2: learn a small vocabulary of word pieces, in the files of a CLIP tokenizer.
 
-    python recipes/default_generator/tokenizer.py [config.toml]
+python recipes/default_generator/tokenizer.py [config.toml]
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pictures import photographs
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from diptych.evaluation.scenes import paraphrase, sample_scene
 from diptych.text import ClipTokenizer
+from pictures import photographs
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"

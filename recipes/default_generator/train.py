@@ -20,12 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from pictures import Captioned, photographs, scenes
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tokenizer import load as load_tokenizer
 from torch import Tensor, nn
-from train_vae import to_pixels, trained
 
 from diptych.models.clip_text import ClipText, ClipTextConfig
 from diptych.models.unet import UNet, UNetConfig
@@ -40,6 +37,9 @@ from diptych.training.state import (
     read_average,
     save_state,
 )
+from pictures import Captioned, photographs, scenes
+from tokenizer import load as load_tokenizer
+from train_vae import to_pixels, trained
 
 SAVE_EVERY_S = 240.0
 LOG_EVERY = 100
@@ -78,6 +78,7 @@ def main() -> None:
         decayed(module.named_parameters(), settings["weight_decay"]),
         lr=settings["learning_rate"],
         betas=(0.9, 0.99),
+        fused=True,
     )
     state, log, first = output / "train.safetensors", Log(output / "train.jsonl"), 0
     if state.exists():

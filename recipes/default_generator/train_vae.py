@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pictures import Captioned, photographs, scenes
 from torch import Tensor, nn
 
 from diptych.models.vae import Vae, VaeConfig
@@ -31,6 +30,7 @@ from diptych.training.state import (
     read_average,
     save_state,
 )
+from pictures import Captioned, photographs, scenes
 
 Pictures = NDArray[np.uint8]
 SAVE_EVERY = 200
@@ -132,9 +132,7 @@ def to_pixels(pictures: Pictures) -> Tensor:
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def loss(
-    module: Vae, pixels: Tensor, noise: Tensor, settings: dict[str, Any]
-) -> dict[str, Tensor]:
+def loss(module: Vae, pixels: Tensor, noise: Tensor, settings: dict[str, Any]) -> dict[str, Tensor]:
     decoded, mean, log_variance = module(pixels, noise)
     difference = decoded - pixels
     squared, absolute = difference.square().mean(), difference.abs().mean()

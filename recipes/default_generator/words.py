@@ -12,15 +12,11 @@ from __future__ import annotations
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pictures import photographs
-from tokenizer import load as load_tokenizer
 from torch import Tensor, nn
-from train import text_config
 
 from diptych.evaluation.scenes import (
     BACKGROUNDS,
@@ -37,6 +33,9 @@ from diptych.evaluation.scenes import (
 from diptych.models.clip_text import ClipText
 from diptych.text import ClipTokenizer
 from diptych.training.state import Average, Log, decayed, learning_rate, save_state
+from pictures import photographs
+from tokenizer import load as load_tokenizer
+from train import text_config
 
 # What the heads name, and the choices of each; 0 stands for "not there".
 COUNT = 4

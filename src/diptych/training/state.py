@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -115,7 +116,7 @@ def decayed(
 
 
 class Log:
-    """Write one JSON line a row, to a file and to the screen."""
+    """Write one JSON line a row, to a file and to stderr."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,4 +126,4 @@ class Log:
         line = json.dumps({"seconds": round(time.time() - self.start, 1), **row})
         with self.path.open("a") as file:
             file.write(line + "\n")
-        print(line, flush=True)
+        sys.stderr.write(line + "\n")
