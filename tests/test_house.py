@@ -50,6 +50,7 @@ TORCH_LINE = (
     "models",
     "weights.load",
     "weights.load_generator",
+    "weights.load_module",
     "weights.save",
     "weights.save_generator",
     "runtimes.on_torch",

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections import Counter
 from collections.abc import Mapping
-from io import BufferedReader
-from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from diptych.errors import BadInput, WeightsMismatch
+from diptych.errors import WeightsMismatch
 from diptych.models.gpt2 import Gpt2Config
 from diptych.models.vision_encoder_decoder import VisionEncoderDecoder, VisionEncoderDecoderConfig
 from diptych.models.vit import ViTConfig
 from diptych.weights.dialects import vision_encoder_decoder as dialect
 from diptych.weights.files import ModelFolder, contents, read_checkpoint
-from diptych.weights.rename import Renamed, backwards, forwards, reshape
-from diptych.weights.tensors import FETCH_ANEW, StoredTensor, read_into
+from diptych.weights.load_module import (
+    Place,
+    Reader,
+    Source,
+    as_device,
+    as_dtype,
+    fill,
+    unfilled,
+)
+from diptych.weights.tensors import StoredTensor
 
 __all__ = ["build_config", "load_captioner"]
 
 logger = logging.getLogger("diptych")
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_SHOWN = 5
 
 
 def load_captioner(
@@ -49,19 +49,14 @@ def load_captioner(
             f"{model.name} has no model.safetensors or pytorch_model.bin "
             f"({contents(model.path)}): give a captioner with PyTorch weights."
         )
-    device = _device(device)
+    device = as_device(device)
     stored = read_checkpoint(model.weights)
     config, stored = _settle_head(build_config(model.config), stored, model)
-    with torch.device("meta"), _Undrawn():
+    with unfilled():
         module = VisionEncoderDecoder(config)
-    renamed = forwards(dialect, stored)
-    places = _places(module)
-    _check(model, renamed, stored, places)
-    reader = _Reader(device, _dtype(dtype, device, stored))
-    state = reader.read({name: (stored[renamed.names[name]], places[name]) for name in places})
-    if check_finite:
-        _check_finite(model, state)
-    module.load_state_dict(state, strict=True, assign=True)
+    reader = Reader(device, as_dtype(dtype, device, stored.values()))
+    source = Source(model.name, dialect, model.weights, stored)
+    fill(module, source, reader, check_finite=check_finite)
     return module.eval()
 
 
@@ -72,37 +67,6 @@ def build_config(config: Mapping[str, Any]) -> VisionEncoderDecoderConfig:
     return VisionEncoderDecoderConfig(
         ViTConfig(**encoder), Gpt2Config(**config["decoder"]), config["bridge"]
     )
-
-
-class _Undrawn(TorchFunctionMode):
-    """Leave out random start values: all come from the file.
-
-    Drawing them on the meta device would import 800 modules of torch: 70 MB, and seconds.
-    """
-
-    _DRAWING = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None
-    ) -> Any:
-        return None if func in self._DRAWING else func(*args, **(kwargs or {}))
-
-
-class _Place:
-    """Hold what the module wants under a name, in the words of the file."""
-
-    def __init__(self, name: str, wanted: Tensor) -> None:
-        self.name = name  # in the file
-        self.is_transposed = reshape(dialect, name) == "transpose"
-        shape = tuple(wanted.shape)
-        self.shape = shape[::-1] if self.is_transposed else shape
-        self.is_floating_point = wanted.is_floating_point()
-
-
-def _places(module: VisionEncoderDecoder) -> dict[str, _Place]:
-    state = module.state_dict()
-    files = backwards(dialect, state)
-    return {name: _Place(files[name], tensor) for name, tensor in state.items()}
 
 
 # --- the head, which is often the word embeddings once more ---------------------------------------
@@ -145,143 +109,8 @@ def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
         return one.dtype == other.dtype
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
-    reader = _Reader(torch.device("cpu"), getattr(torch, one.dtype))
-    place = _Place(dialect.TIED[0], torch.empty(one.shape, device="meta"))
+    reader = Reader(torch.device("cpu"), getattr(torch, one.dtype))
+    name = dialect.TIED[0]
+    place = Place(dialect, name, name, torch.empty(one.shape, device="meta"))
     found = reader.read({"one": (one, place), "other": (other, place)})
     return torch.equal(found["one"], found["other"])
-
-
-# --- the check ------------------------------------------------------------------------------------
-
-
-def _check(
-    model: ModelFolder,
-    renamed: Renamed,
-    stored: Mapping[str, StoredTensor],
-    places: Mapping[str, _Place],
-) -> None:
-    """Raise `WeightsMismatch` unless names, shapes and types all fit."""
-    missing = [place.name for name, place in places.items() if name not in renamed.names]
-    unexpected = [*renamed.unknown]
-    unexpected += [file for name, file in renamed.names.items() if name not in places]
-    wrong = []
-    for name, file in renamed.names.items():
-        if name in places and (reason := _misfit(stored[file], places[name])):
-            wrong.append(f"{file} {reason}")
-    twice = [" and ".join(files) for files in renamed.twice.values()]
-    problems = [
-        f"{len(found)} {what}: {', '.join(name[:120] for name in found[:_SHOWN])}"
-        + (", …" if len(found) > _SHOWN else "")
-        for what, found in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape or type", wrong),
-            ("for the same place", twice),
-        )
-        if found
-    ]
-    if problems:
-        files = ", ".join(path.name for path in model.weights[:2])
-        files += ", …" if len(model.weights) > 2 else ""
-        known = any(f".{name}".endswith("." + dialect.TELLTALE) for name in stored)
-        kind = "" if known else f" It does not look like one: it has no {dialect.TELLTALE}."
-        raise WeightsMismatch(
-            f"{model.name}: the tensors in {files}, read as {dialect.NAME}, do not fit its config. "
-            f"{'. '.join(problems)}.{kind} The files are incomplete, or of another model than the "
-            f"config: {FETCH_ANEW}."
-        )
-    if renamed.dropped:
-        logger.debug("%s: dropped: %s", model.name, ", ".join(renamed.dropped))
-
-
-def _misfit(stored: StoredTensor, place: _Place) -> str | None:
-    if stored.shape != place.shape:
-        return f"is {list(stored.shape)} instead of {list(place.shape)}"
-    is_floating_point = "float" in stored.dtype
-    if is_floating_point != place.is_floating_point:
-        return f"is {stored.dtype}"
-    return None
-
-
-def _check_finite(model: ModelFolder, state: Mapping[str, Tensor]) -> None:
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise WeightsMismatch(f"{model.name}: {name} holds NaN or infinity: {FETCH_ANEW}.")
-
-
-# --- reading --------------------------------------------------------------------------------------
-
-
-class _Reader:
-    """Read tensors into memory of their own. A map of the file would change with the file."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._device, self._dtype = device, dtype
-        # What is not kept as it is in the file passes through here: new memory for each would
-        # leave holes of its size between the tensors that stay.
-        self._scratch = torch.empty(0, dtype=torch.uint8)
-
-    def read(self, wanted: Mapping[str, tuple[StoredTensor, _Place]]) -> dict[str, Tensor]:
-        """Return every tensor as the module wants it; files are read from front to back."""
-        order = sorted(wanted, key=lambda name: (wanted[name][0].file, wanted[name][0].offset))
-        found: dict[str, Tensor] = {}
-        for path, names in groupby(order, key=lambda name: wanted[name][0].file):
-            with path.open("rb") as file:
-                for name in names:
-                    stored, place = wanted[name]
-                    found[name] = self._read(stored, place.is_transposed, file)
-        return found
-
-    def _read(self, stored: StoredTensor, is_transposed: bool, file: BufferedReader) -> Tensor:
-        own = getattr(torch, stored.dtype)
-        target = self._dtype if own.is_floating_point else own
-        is_as_stored = not is_transposed and stored.strides is None and target == own
-        if is_as_stored and self._device.type == "cpu":
-            return _filled(torch.empty(stored.shape, dtype=own), stored, file)
-        if len(self._scratch) < stored.span_bytes:
-            self._scratch = torch.empty(stored.span_bytes, dtype=torch.uint8)
-        source = _filled(self._scratch[: stored.span_bytes].view(own), stored, file)
-        if stored.strides is None:
-            source = source.view(stored.shape)
-        else:
-            source = source.as_strided(stored.shape, stored.strides)
-        source = source.t() if is_transposed else source
-        # Contiguous, because a transposed view would keep its slow layout for good.
-        return torch.empty(source.shape, dtype=target, device=self._device).copy_(source)
-
-
-def _filled(tensor: Tensor, stored: StoredTensor, file: BufferedReader) -> Tensor:
-    if tensor.numel():
-        read_into(tensor.view(-1).view(torch.uint8).numpy().data, stored, file)
-    return tensor
-
-
-# --- device and dtype -----------------------------------------------------------------------------
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise BadInput(f"device {str(device)!r} cannot be used here: {reason}") from error
-    return found
-
-
-def _dtype(
-    dtype: str | torch.dtype | None, device: torch.device, stored: Mapping[str, StoredTensor]
-) -> torch.dtype:
-    if dtype is None:
-        bytes_of = Counter[str]()
-        for tensor in stored.values():
-            if tensor.dtype in _DTYPES:
-                bytes_of[tensor.dtype] += tensor.span_bytes
-        if device.type == "cpu" or not bytes_of:
-            return torch.float32
-        return _DTYPES[bytes_of.most_common(1)[0][0]]
-    found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in _DTYPES.values():
-        raise BadInput(f"dtype is {str(dtype)!r}: give {', '.join(_DTYPES)}.")
-    assert found is not None
-    return found
