@@ -1,14 +1,8 @@
-"""The generator around networks that are plain functions: seeds, batches, orders, errors.
-
-The picture model here knows the truth: it takes a text for a colour, and predicts exactly the noise
-that leads to it. Whatever sampler and number of steps, the picture has that colour.
-"""
+"""The generator around networks that are plain functions: seeds, batches, orders, errors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,98 +11,12 @@ from PIL import Image
 
 from diptych import DiptychError, GeneratedImage, GenerateOptions, ImageGenerator
 from diptych.errors import BadInput, UnsupportedModel
-from diptych.runtimes.network import OpenNetworks
-from diptych.text import ClipTokenizer
-from diptych.text_to_image.schedules import NoiseSchedule
-from diptych.weights.diffusion import GeneratorFolder
-
-MERGES = (
-    Path(__file__).resolve().parents[2]
-    / "src/diptych/weights/embedded/clip_tokenizer/bpe_simple_vocab_16e6.txt.gz"
-)
-COLOURS = {"red": (1, -1, -1), "green": (-1, 1, -1), "blue": (-1, -1, 1), "grey": (0, 0, 0)}
-SIDE, DOWN = 32, 8
-SIGMAS = NoiseSchedule().sigmas
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> ClipTokenizer:
-    return ClipTokenizer.from_merges(MERGES)
-
-
-class FakeNetwork:
-    def __init__(self, call: Callable[..., Any], inputs: Mapping[str, str] | None = None) -> None:
-        self.call, self.inputs, self.outputs = call, inputs or {}, {}
-        self.calls: list[dict[str, Any]] = []
-
-    def __call__(self, wanted: Any = None, /, **arrays: Any) -> Any:
-        self.calls.append(arrays)
-        return self.call(**arrays)
-
-
-def make(tokenizer: ClipTokenizer, **changes: Any) -> ImageGenerator:
-    """Build the generator; `changes` replace networks, configs and defaults."""
-    ids = {tokenizer.tokens(word)[0]: colour for word, colour in COLOURS.items()}
-
-    def text_encoder(input_ids: Any, clip_skip: int = 0) -> Any:
-        hidden = np.zeros((*input_ids.shape, 4), np.float32)
-        for token, colour in ids.items():
-            hidden[input_ids == token, :3] = colour
-        return hidden, hidden.sum(1)
-
-    def truth(encoder_hidden_states: Any, shape: tuple[int, ...]) -> Any:
-        return np.broadcast_to(encoder_hidden_states.sum(1)[:, :, None, None], shape)
-
-    def unet(latents: Any, timestep: Any, encoder_hidden_states: Any, **more: Any) -> Any:
-        sigma = np.interp(timestep, np.arange(1000), SIGMAS)[:, None, None, None]
-        x = latents[:, :4] * np.sqrt(sigma**2 + 1)
-        noise = (x - truth(encoder_hidden_states, x.shape)) / sigma
-        return (noise.astype(np.float32),)
-
-    def vae_decoder(latents: Any) -> Any:
-        return (latents[:, :3].repeat(DOWN, 2).repeat(DOWN, 3),)
-
-    def vae_encoder(pixel_values: Any) -> Any:
-        batch, _, height, width = pixel_values.shape
-        blocks = pixel_values.reshape(batch, 3, height // DOWN, DOWN, width // DOWN, DOWN)
-        mean = np.concatenate([blocks.mean((3, 5)), np.zeros_like(blocks[:, :1, :, 0, :, 0])], 1)
-        return mean, mean * 0
-
-    networks = {
-        "text_encoder": FakeNetwork(text_encoder),
-        "unet": FakeNetwork(unet, {"latents": "", "timestep": "", "encoder_hidden_states": ""}),
-        "vae_encoder": FakeNetwork(vae_encoder),
-        "vae_decoder": FakeNetwork(vae_decoder),
-        **changes.get("networks", {}),
-    }
-    model = GeneratorFolder(
-        path=Path("nowhere"),
-        name="fake",
-        revision=None,
-        family="sd1",
-        configs={
-            "text_encoder": {},
-            "unet": {"sample_size": SIDE // DOWN, "in_channels": 4, **changes.get("unet", {})},
-            "vae": {"block_out_channels": (1, 1, 1, 1), "scaling_factor": 1.0},
-        },
-        schedule={},
-        tokenizers={},
-        weights={},
-        layout="diffusers",
-        networks={},
-        precision=None,
-        defaults={"guidance_scale": 1.0, "num_inference_steps": 5, **changes.get("defaults", {})},
-        force_zeros_for_empty_prompt=changes.get("force_zeros", False),
-    )
-    opened = OpenNetworks(
-        networks, runtime="onnxruntime", device="cpu", dtype="float32", reason="a test"
-    )
-    return ImageGenerator(opened, {"tokenizer": tokenizer}, model)
+from fake_generator import COLOURS, DOWN, SIDE, FakeNetwork, make_generator
 
 
 @pytest.fixture
-def generator(tokenizer: ClipTokenizer) -> ImageGenerator:
-    return make(tokenizer)
+def generator() -> ImageGenerator:
+    return make_generator()
 
 
 def mean_colour(picture: GeneratedImage) -> list[float]:
@@ -151,7 +59,7 @@ def test_one_prompt_gives_one_picture_and_a_list_gives_a_list(generator: ImageGe
     ]  # fmt: skip
 
 
-def noisy(tokenizer: ClipTokenizer) -> ImageGenerator:
+def noisy() -> ImageGenerator:
     """Return a generator whose pictures depend on every bit of noise and of the words."""
 
     def unet(latents: Any, timestep: Any, encoder_hidden_states: Any, **more: Any) -> Any:
@@ -159,14 +67,12 @@ def noisy(tokenizer: ClipTokenizer) -> ImageGenerator:
         wave = np.sin(latents + 0.1 * told) + 0.5 * np.roll(latents, 1, axis=3)
         return (wave.astype(np.float32),)
 
-    return make(tokenizer, networks={"unet": FakeNetwork(unet)})
+    return make_generator(networks={"unet": FakeNetwork(unet)})
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpmpp_2m_sde"])
-def test_a_picture_is_the_same_alone_and_in_any_batch(
-    tokenizer: ClipTokenizer, sampler: str
-) -> None:
-    generator = noisy(tokenizer)
+def test_a_picture_is_the_same_alone_and_in_any_batch(sampler: str) -> None:
+    generator = noisy()
     prompts = ["red", "a long prompt, " * 40 + "blue", "green", "red", "blue"]
     settings = {"seed": 11, "sampler": sampler, "guidance_scale": 3.0, "num_inference_steps": 6}
     alone = [
@@ -186,8 +92,8 @@ def psnr(one: Image.Image, other: Image.Image) -> float:
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
-def test_seeds(tokenizer: ClipTokenizer) -> None:
-    generator = noisy(tokenizer)
+def test_seeds() -> None:
+    generator = noisy()
     zero = generator.generate("red", seed=0)
     assert zero.seed == 0 and zero.options.seed == 0
     assert zero.image.tobytes() == generator.generate("red", seed=0).image.tobytes()
@@ -198,8 +104,8 @@ def test_seeds(tokenizer: ClipTokenizer) -> None:
     assert generator.generate("red", drawn.options).image.tobytes() == drawn.image.tobytes()
 
 
-def test_own_starting_noise(tokenizer: ClipTokenizer) -> None:
-    generator = noisy(tokenizer)
+def test_own_starting_noise() -> None:
+    generator = noisy()
     noise = np.random.default_rng(0).standard_normal((2, 4, 2, 6)).astype(np.float32)
     one, two = generator.generate("red", num_images_per_prompt=2, latents=noise)
     assert one.image.size == (6 * DOWN, 2 * DOWN)
@@ -265,9 +171,7 @@ def test_a_failed_prompt_keeps_the_others(generator: ImageGenerator) -> None:
         generator.generate(enormous)
 
 
-def test_a_broken_latent_names_the_step_and_spares_its_neighbours(
-    tokenizer: ClipTokenizer,
-) -> None:
+def test_a_broken_latent_names_the_step_and_spares_its_neighbours() -> None:
     calls = 0
 
     def unet(latents: Any, timestep: Any, encoder_hidden_states: Any, **more: Any) -> Any:
@@ -279,7 +183,7 @@ def test_a_broken_latent_names_the_step_and_spares_its_neighbours(
             predicted[is_red] = np.inf
         return (predicted,)
 
-    generator = make(tokenizer, networks={"unet": FakeNetwork(unet)})
+    generator = make_generator(networks={"unet": FakeNetwork(unet)})
     first, second = generator.generate(["red", "blue"], batch_size=2, num_inference_steps=5)
     assert second.error is None
     assert "step 3 of 5" in str(first.error) and "'red'" in str(first.error)
@@ -289,11 +193,11 @@ def test_a_broken_latent_names_the_step_and_spares_its_neighbours(
     assert calls == 3  # no work for nothing
 
 
-def test_a_broken_decode_is_never_a_black_picture(tokenizer: ClipTokenizer) -> None:
+def test_a_broken_decode_is_never_a_black_picture() -> None:
     def vae_decoder(latents: Any) -> Any:
         return (np.full((len(latents), 3, SIDE, SIDE), np.nan, np.float32),)
 
-    generator = make(tokenizer, networks={"vae_decoder": FakeNetwork(vae_decoder)})
+    generator = make_generator(networks={"vae_decoder": FakeNetwork(vae_decoder)})
     with pytest.raises(DiptychError, match="not finite"):
         generator.generate("red")
 
@@ -335,7 +239,7 @@ def test_pictures_come_as_they_are_finished(generator: ImageGenerator) -> None:
     assert [each.prompt for each in pictures] == ["green", "blue"]
 
 
-def test_sdxl_is_told_sizes_and_pooled_words(tokenizer: ClipTokenizer) -> None:
+def test_sdxl_is_told_sizes_and_pooled_words() -> None:
     seen: list[dict[str, Any]] = []
 
     def unet(latents: Any, timestep: Any, **more: Any) -> Any:
@@ -344,7 +248,7 @@ def test_sdxl_is_told_sizes_and_pooled_words(tokenizer: ClipTokenizer) -> None:
 
     names = ("latents", "timestep", "encoder_hidden_states", "text_embeds", "time_ids")
     network = FakeNetwork(unet, dict.fromkeys(names, ""))
-    generator = make(tokenizer, networks={"unet": network}, force_zeros=True)
+    generator = make_generator(networks={"unet": network}, force_zeros=True)
     generator.generate("red", width=64, height=32, guidance_scale=2.0, num_inference_steps=1)
     # Rows: negative, then positive.
     assert seen[0]["time_ids"].tolist() == [[32, 64, 0, 0, 32, 64]] * 2
@@ -352,7 +256,7 @@ def test_sdxl_is_told_sizes_and_pooled_words(tokenizer: ClipTokenizer) -> None:
     assert not seen[0]["encoder_hidden_states"][0].any()
 
 
-def test_a_distilled_model_gets_its_guidance_as_an_input(tokenizer: ClipTokenizer) -> None:
+def test_a_distilled_model_gets_its_guidance_as_an_input() -> None:
     seen: list[dict[str, Any]] = []
 
     def unet(latents: Any, timestep: Any, **more: Any) -> Any:
@@ -360,8 +264,7 @@ def test_a_distilled_model_gets_its_guidance_as_an_input(tokenizer: ClipTokenize
         return (latents * 0,)
 
     names = ("latents", "timestep", "encoder_hidden_states", "timestep_cond")
-    generator = make(
-        tokenizer,
+    generator = make_generator(
         networks={"unet": FakeNetwork(unet, dict.fromkeys(names, ""))},
         unet={"time_cond_proj_dim": 6},
     )
@@ -374,25 +277,25 @@ def test_a_distilled_model_gets_its_guidance_as_an_input(tokenizer: ClipTokenize
     assert len(seen[0]["encoder_hidden_states"]) == 1
 
 
-def test_an_inpainting_network_repaints_everything(tokenizer: ClipTokenizer) -> None:
+def test_an_inpainting_network_repaints_everything() -> None:
     seen: list[Any] = []
 
     def unet(latents: Any, timestep: Any, **more: Any) -> Any:
         seen.append(latents)
         return (latents[:, :4] * 0,)
 
-    generator = make(tokenizer, networks={"unet": FakeNetwork(unet)}, unet={"in_channels": 9})
+    generator = make_generator(networks={"unet": FakeNetwork(unet)}, unet={"in_channels": 9})
     generator.generate("red", num_inference_steps=1)
     assert seen[0].shape[1] == 9
     assert (seen[0][:, 4] == 1).all() and (seen[0][:, 5:] == 0).all()
-    strange = make(tokenizer, networks={"unet": FakeNetwork(unet)}, unet={"in_channels": 7})
+    strange = make_generator(networks={"unet": FakeNetwork(unet)}, unet={"in_channels": 7})
     with pytest.raises(UnsupportedModel, match="7 channels"):
         strange.generate("red")
 
 
-def test_the_model_prefers_and_the_caller_decides(tokenizer: ClipTokenizer) -> None:
-    generator = make(
-        tokenizer, defaults={"width": 40, "height": 24, "sampler": "euler", "guidance_scale": 2.5}
+def test_the_model_prefers_and_the_caller_decides() -> None:
+    generator = make_generator(
+        defaults={"width": 40, "height": 24, "sampler": "euler", "guidance_scale": 2.5}
     )
     options = generator.options
     assert (options.width, options.height, options.sampler) == (40, 24, "euler")

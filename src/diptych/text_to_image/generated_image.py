@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from diptych.errors import BadInput, DiptychError
+from diptych.text_to_image import infotext
 from diptych.text_to_image.options import GenerateOptions
 
 __all__ = ["GeneratedImage", "check_picture_name", "write_whole"]

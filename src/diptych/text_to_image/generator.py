@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Self, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from PIL import Image
 
 from diptych.errors import BadInput, DiptychError, UnsupportedModel
 from diptych.runtimes.network import Array, OpenNetworks, open_generator_networks
+from diptych.runtimes.tiling import Tiling, decode_latents, encode_pixels
 from diptych.text import ClipTokenizer
 from diptych.text_to_image.batch import Batch, Conditioning, Row, alike, stacked
 from diptych.text_to_image.denoiser import build_denoiser, guidance_embedding
@@ -25,7 +26,12 @@ from diptych.text_to_image.orders import Order, as_noise, is_single, take_orders
 from diptych.text_to_image.previews import DenoisingStep, fit_latent_rgb, latent_to_rgb
 from diptych.text_to_image.prompts import PromptPair, encode_prompts
 from diptych.text_to_image.schedules import NoiseSchedule, ScheduleConfig, Steps
-from diptych.weights.diffusion import GeneratorFolder
+from diptych.weights.diffusion import GeneratorFolder, resolve_generator
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from diptych.weights.adapters import EmbeddingHandle, LoraHandle
 
 __all__ = ["GeneratedImage", "ImageGenerator", "OnError", "generate"]
 
@@ -52,11 +58,15 @@ class ImageGenerator:
         self.model = model
         self.schedule = NoiseSchedule(ScheduleConfig(**model.schedule))
         vae = model.configs["vae"]
-        self.downsampling = 2 ** (len(vae["block_out_channels"]) - 1)
+        self.downsampling = vae.get("patch_size", 1) * 2 ** (len(vae["block_out_channels"]) - 1)
+        self.tiling = Tiling()  # how pictures that are larger than memory are cut
         self.latent_channels = int(vae.get("latent_channels", 4))
         self._scaling_factor = float(vae.get("scaling_factor", 0.18215))
         self._shift_factor = float(vae.get("shift_factor", 0.0))
         self._latent_rgb: NDArray[np.floating] | None = None
+        self._plain_tokenizers = dict(tokenizers)
+        self._loras: list[LoraHandle] = []
+        self._learned: dict[str, EmbeddingHandle] = {}
         self._last_words: tuple[tuple[object, ...], PromptPair] | None = None
 
     @classmethod
@@ -78,8 +88,6 @@ class ImageGenerator:
         if not isinstance(name_or_path, str | Path):
             raise BadInput(f"a model is given by name or folder, not as {name_or_path!r}")
         seen = sys.stderr is not None and sys.stderr.isatty()
-        from diptych.weights.diffusion import resolve_generator
-
         model = resolve_generator(name_or_path, revision=revision, progress=seen)
         return cls.from_model(model, runtime=runtime, device=device, dtype=dtype)
 
@@ -211,7 +219,12 @@ class ImageGenerator:
             )
         unscaled = self.networks.array(latents) if isinstance(latents, np.ndarray) else latents
         unscaled = unscaled / self._scaling_factor + self._shift_factor
-        (decoded,) = self.networks["vae_decoder"](latents=unscaled)
+        decoded = decode_latents(
+            self.networks["vae_decoder"],
+            unscaled,
+            downsampling=self.downsampling,
+            tiling=self.tiling,
+        )
         pixels = self.networks.numpy(decoded)
         if not np.isfinite(pixels).all():
             raise DiptychError(
@@ -223,8 +236,79 @@ class ImageGenerator:
 
     def encode(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the scaled latents [B, C, h, w] of pixels [B, 3, H, W] in -1..1."""
-        mean, _ = self.networks["vae_encoder"](pixel_values=self.networks.array(pixel_values))
+        mean, _ = encode_pixels(
+            self.networks["vae_encoder"],
+            self.networks.array(pixel_values),
+            downsampling=self.downsampling,
+            tiling=self.tiling,
+        )
         return (self.networks.numpy(mean) - self._shift_factor) * self._scaling_factor
+
+    def load_lora(self, path: str | Path, scale: float = 1.0, *, fused: bool = False) -> LoraHandle:
+        """Put a LoRA file into the networks; several add up.
+
+        `scale` 1 is what it was trained for. `fused` adds it to the weights: no slower, but
+        the weights as they were are kept besides. Returns a handle with `set_scale`. Raises
+        `WeightsMismatch` for a file of another family, `UnsupportedModel` outside of torch.
+        """
+        from diptych.weights.adapters import apply_lora
+
+        handle = apply_lora(self._modules("a LoRA"), path, scale, fused)
+        self._loras.append(handle)
+        self._last_words = None
+        return handle
+
+    def unload_lora(self, handle: LoraHandle | None = None) -> None:
+        """Take one LoRA out, or all: the weights are again what they were, to the bit."""
+        for each in list(reversed(self._loras)):
+            if handle is None or each is handle:
+                each.remove()
+                self._loras.remove(each)
+        self._last_words = None
+
+    def load_textual_inversion(self, path: str | Path, token: str | None = None) -> str:
+        """Teach the text encoders a learned word, and return it: `token`, or the file's own.
+
+        Raises `WeightsMismatch` for a file of another family, `BadInput` for a word that is known
+        already, `UnsupportedModel` outside of torch.
+        """
+        from diptych.weights.adapters import add_embedding
+
+        handle = add_embedding(self._modules("a learned word"), path, token)
+        try:
+            if handle.token in self._learned:
+                raise BadInput(f"{handle.token!r} is loaded already: give token= another name")
+            self._set_learned({**self._learned, handle.token: handle})
+        except DiptychError:
+            handle.remove()
+            raise
+        return handle.token
+
+    def unload_textual_inversion(self, token: str | None = None) -> None:
+        """Forget one learned word, or all."""
+        if token is not None and token not in self._learned:
+            known = ", ".join(self._learned) or "none"
+            raise BadInput(f"{token!r} is no learned word that is loaded; there are: {known}")
+        forgotten = list(self._learned) if token is None else [token]
+        for each in reversed(forgotten):
+            self._learned[each].remove()
+        self._set_learned({t: h for t, h in self._learned.items() if t not in forgotten})
+
+    def _set_learned(self, learned: dict[str, EmbeddingHandle]) -> None:
+        tokenizers = dict(self._plain_tokenizers)
+        for name, tokenizer in self._plain_tokenizers.items():
+            encoder = name.replace("tokenizer", "text_encoder")
+            words = {token: handle.ids[encoder] for token, handle in learned.items()}
+            tokenizers[name] = tokenizer.with_placeholders(words)
+        self.tokenizers, self._learned, self._last_words = tokenizers, learned, None
+
+    def _modules(self, what: str) -> Mapping[str, nn.Module]:
+        if self.networks.modules is None:
+            raise UnsupportedModel(
+                f"{self.model.name} runs in {self.networks.runtime}, where {what} cannot be "
+                "loaded: load the generator with runtime='torch'"
+            )
+        return self.networks.modules
 
     # Hops of a picture ------------------------------------------------------------------------
 
@@ -308,14 +392,14 @@ class ImageGenerator:
                 try:
                     rows.append(Row(place, order, *self._condition(order)))
                 except DiptychError as error:
-                    made[place] = _failed(call, order, error, self.model.name)
+                    made[place] = _failed(call, order, error, self._name)
             # Prompts of another length are run apart: filling up would change their pictures.
             for group in alike(rows):
                 batch = self._batch(group)
                 yield from self._denoise(batch)
                 for row, each in enumerate(group):
                     if (broken := batch.error(row)) is not None:
-                        made[each.place] = _failed(call, each.order, broken, self.model.name)
+                        made[each.place] = _failed(call, each.order, broken, self._name)
                 if finish:
                     made |= self._finish(call, batch)
             yield from (made[place] for place in sorted(made))
@@ -361,13 +445,20 @@ class ImageGenerator:
                 latents = batch.latents[[number]] * batch.steps.final_scale
                 made[row.place] = self._picture(latents, row.order)
             except DiptychError as error:
-                made[row.place] = _failed(call, row.order, error, self.model.name)
+                made[row.place] = _failed(call, row.order, error, self._name)
         return made
+
+    @property
+    def _name(self) -> str:
+        """Name the model, and what was put into it: both belong to a picture's recipe."""
+        return " + ".join(
+            [self.model.name, *(f"{each.path.stem}:{each.scale:g}" for each in self._loras)]
+        )
 
     def _picture(self, latents: Array, order: Order) -> GeneratedImage:
         (image,) = self.decode(latents)
         return GeneratedImage(
-            image, order.seed, order.prompt, order.options, self.model.name, order.notes
+            image, order.seed, order.prompt, order.options, self._name, order.notes
         )
 
     def _show(self, denoised: Array) -> list[Image.Image]:

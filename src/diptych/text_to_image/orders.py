@@ -61,8 +61,12 @@ def take_orders(
                     f"latents hold the noise of {len(noise)} pictures, and more are asked for: "
                     "give one for each"
                 )
+            # What belongs to a picture alone; `strength` is for those made from another picture.
             own = options.replace(
-                seed=(options.seed or 0) + place, negative_prompt=negative, num_images_per_prompt=1
+                seed=(options.seed or 0) + place,
+                negative_prompt=negative,
+                num_images_per_prompt=1,
+                strength=None,
             )
             yield Order(prompt, own, None if noise is None else noise[place], notes)
             place += 1
