@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from diptych.models import clip_text, unet, vae
 from diptych.runtimes.network import OpenNetworks, check_wanted
 from diptych.runtimes.on_torch import best_device
+from diptych.runtimes.on_torch_widened import computed_in, widening
 from diptych.weights.diffusion import GeneratorFolder
 
 __all__ = ["Stage", "TorchNetwork", "generator_networks", "open_generator_checkpoint"]
@@ -82,6 +83,9 @@ def generator_networks(
     networks["vae_decoder"] = TorchVae(stage, "vae", _decode_picture, *io)
     if offload:
         reason = f"{reason}; each network is on {device} for its turn only"
+    if computed_in(parameter.dtype, torch.device(device)) != parameter.dtype:
+        kind = str(parameter.dtype).removeprefix("torch.")
+        reason = f"{reason}; computed in float32: this processor multiplies no {kind}"
     return OpenNetworks(
         networks,
         runtime="torch",
@@ -140,8 +144,9 @@ class TorchNetwork:
 
     def _run(self, module: nn.Module, arrays: Mapping[str, Any]) -> tuple[Tensor, ...]:
         dtype = next(module.parameters()).dtype
-        with torch.inference_mode():
-            placed = {name: self._place(name, each, dtype) for name, each in arrays.items()}
+        computed = computed_in(dtype, self._stage.device)
+        with torch.inference_mode(), widening(dtype, computed):
+            placed = {name: self._place(name, each, computed) for name, each in arrays.items()}
             return tuple(each.float() for each in self._call(module, placed))
 
     def _place(self, name: str, array: Any, dtype: torch.dtype) -> Any:
@@ -164,7 +169,7 @@ class TorchVae(TorchNetwork):
 
     def _run(self, module: nn.Module, arrays: Mapping[str, Any]) -> tuple[Tensor, ...]:
         dtype = next(module.parameters()).dtype
-        if dtype == torch.float32:
+        if computed_in(dtype, self._stage.device) == torch.float32:
             return super()._run(module, arrays)
         forced = dtype == torch.float16 and bool(getattr(module.config, "force_upcast", False))
         if not forced and not self._overflows:
