@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from diptych.image_to_text.caption import Caption as Caption
     from diptych.image_to_text.captioner import Captioner as Captioner
     from diptych.image_to_text.captioner import caption as caption
-    from diptych.image_to_text.captioner import export as export
     from diptych.image_to_text.options import CaptionOptions as CaptionOptions
     from diptych.image_to_text.pipeline import pipeline as pipeline
+    from diptych.runtimes.conversion import export as export
     from diptych.text_to_image.generated_image import GeneratedImage as GeneratedImage
     from diptych.text_to_image.generator import ImageGenerator as ImageGenerator
     from diptych.text_to_image.generator import generate as generate
@@ -32,7 +32,7 @@ _HOMES = {
     "ImageGenerator": "diptych.text_to_image.generator",
     "available_models": "diptych.weights.catalog",
     "caption": "diptych.image_to_text.captioner",
-    "export": "diptych.image_to_text.captioner",
+    "export": "diptych.runtimes.conversion",
     "generate": "diptych.text_to_image.generator",
     "pipeline": "diptych.image_to_text.pipeline",
 }

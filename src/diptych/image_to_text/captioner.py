@@ -16,12 +16,13 @@ from diptych.image_to_text import decoding
 from diptych.image_to_text.caption import WORD, Caption, Reading, View
 from diptych.image_to_text.options import CaptionOptions, SearchOptions
 from diptych.images import Alpha, ImageInput, ImageLimits, Preprocessing, preprocess
+from diptych.runtimes.conversion import export_model
 from diptych.runtimes.network import Network, OpenNetworks, gather_rows, open_networks
 from diptych.text import Gpt2Tokenizer
 from diptych.weights.files import ModelFolder
 from diptych.weights.hub import resolve
 
-__all__ = ["Caption", "Captioner", "OnError", "caption", "export"]
+__all__ = ["Caption", "Captioner", "OnError", "caption"]
 
 OnError = Literal["keep", "raise"]
 
@@ -226,7 +227,7 @@ class Captioner:
         `quantize` is None or "int8". `images` are pictures to compare on; without them seeded
         ones are made. Returns the content of `export.json`. Needs the export extra.
         """
-        return _export(self.model, folder, quantize, images)
+        return export_model(self.model, folder, quantize=quantize, images=images)
 
     # Hops of a caption ------------------------------------------------------------------------
 
@@ -409,46 +410,6 @@ def caption(
     To caption more than once, load a `Captioner` and keep it.
     """
     return Captioner.load(model).caption(images, **options)
-
-
-def export(
-    model: str | Path,
-    folder: str | Path,
-    *,
-    quantize: str | None = None,
-    images: Sequence[ImageInput] | None = None,
-    revision: str | None = None,
-) -> dict[str, Any]:
-    """Export a captioner as ONNX graphs; see `Captioner.export`. Needs the export extra."""
-    return _export(resolve(model, revision=revision), folder, quantize, images)
-
-
-def _export(
-    model: ModelFolder,
-    folder: str | Path,
-    quantize: str | None,
-    images: Sequence[ImageInput] | None,
-) -> dict[str, Any]:
-    from diptych.runtimes.network import require_torch
-
-    require_torch("exporting a model", "export")
-    from diptych.runtimes.export import export_captioner
-    from diptych.weights.load import load_captioner
-
-    preprocessing = Preprocessing.from_config(model.preprocessing)
-    pixels = None
-    if images is not None:
-        pixels = [preprocess(image, preprocessing) for image in images]
-    return export_captioner(
-        load_captioner(model),
-        Path(folder),
-        preprocessing=preprocessing.to_config(),
-        generation=model.generation,
-        tokenizer=model.tokenizer,
-        source={"name": model.name, "revision": model.revision},
-        images=pixels,
-        quantize=quantize,
-    )
 
 
 _BRIDGED = {"cross-attention": "cross_key_values", "prefix": "prefix_embeds"}

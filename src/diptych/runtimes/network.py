@@ -17,6 +17,7 @@ from diptych.weights.files import ModelFolder
 if TYPE_CHECKING:
     from torch import nn
 
+    from diptych.runtimes.tiling import Tiling
     from diptych.weights.diffusion import GeneratorFolder
 
 __all__ = [
@@ -161,11 +162,13 @@ def open_generator_networks(
     dtype: str = "auto",
     *,
     offload: bool | None = None,
+    tiling: Tiling | None = None,
 ) -> OpenNetworks:
     """Open `text_encoder`, `text_encoder_2` (SDXL), `unet`, `vae_encoder` and `vae_decoder`.
 
     The runtime is chosen as by `open_networks`. With `offload` each network is on the GPU for its
-    turn only; None does so where the GPU has too little free memory for all.
+    turn only; None does so where the GPU has too little free memory for all. The autoencoder takes
+    pictures in pieces as `tiling` says: by itself large ones only.
     """
     _check(runtime, device, dtype)
     chosen, reason = _choose(model, runtime, device, dtype)
@@ -185,8 +188,17 @@ def open_generator_networks(
         from diptych.runtimes.on_torch_generator import open_generator_checkpoint
 
         opened = open_generator_checkpoint(model, device, dtype, offload=offload, reason=reason)
+    _cut_up(opened, model.configs["vae"], tiling)
     _tell(model, opened.runtime, opened.device, opened.dtype, opened.reason)
     return opened
+
+
+def _cut_up(networks: OpenNetworks, vae: Mapping[str, Any], tiling: Tiling | None) -> None:
+    from diptych.runtimes.tiling import InPieces
+
+    downsampling = vae.get("patch_size", 1) * 2 ** (len(vae["block_out_channels"]) - 1)
+    for name in ("vae_encoder", "vae_decoder"):
+        networks[name] = InPieces(networks[name], downsampling, tiling)
 
 
 def unet_inputs(config: Mapping[str, Any]) -> dict[str, str]:

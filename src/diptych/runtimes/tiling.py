@@ -6,7 +6,7 @@ what they are given: tiles overlap, and fade into each other linearly.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diptych.errors import BadInput
-from diptych.runtimes.network import Array, Network
+from diptych.runtimes.network import Array, Network, check_wanted
 
-__all__ = ["Tiling", "decode_latents", "encode_pixels"]
+__all__ = ["InPieces", "Tiling", "decode_latents", "encode_pixels"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,28 @@ class Tiling:
         if max(height, width) <= self.tile:
             return False
         return self.always or height * width > self.most_pixels
+
+
+class InPieces:
+    """Stand for one side of an autoencoder, and give it no more than `tiling` says at once."""
+
+    def __init__(self, network: Network, downsampling: int, tiling: Tiling | None = None) -> None:
+        self.network, self.downsampling = network, downsampling
+        self.tiling = tiling or Tiling()
+        self.inputs, self.outputs = network.inputs, network.outputs
+
+    def __call__(
+        self, wanted: Sequence[str] | None = None, /, **arrays: Array
+    ) -> tuple[Array, ...]:
+        names = check_wanted(wanted, self.outputs)
+        how: dict[str, Any] = {"downsampling": self.downsampling, "tiling": self.tiling}
+        made: tuple[Array, ...]
+        if "latents" in self.inputs:
+            made = (decode_latents(self.network, arrays["latents"], **how),)
+        else:
+            made = encode_pixels(self.network, arrays["pixel_values"], **how)
+        found = dict(zip(self.outputs, made, strict=True))
+        return tuple(found[name] for name in names)
 
 
 def decode_latents(
