@@ -111,7 +111,7 @@ def test_pndm_lcm_and_inversion_timesteps_equal_the_reference() -> None:
 
 
 def test_turbo_steps_are_multiples_from_the_top() -> None:
-    schedule = NoiseSchedule(ScheduleConfig())
+    schedule = NoiseSchedule(ScheduleConfig(timestep_spacing="leading"))
     assert schedule.steps("turbo", 1).timesteps == (999,)
     assert schedule.steps("turbo", 4).timesteps == (999, 749, 499, 249)
 

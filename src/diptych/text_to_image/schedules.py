@@ -162,7 +162,7 @@ class NoiseSchedule:
         Raises BadInput for an unknown word and for a number of steps that cannot be laid out.
         """
         schedule = _one_of("schedule", schedule or self.config.schedule, SCHEDULES)
-        spacing = spacing or self.config.timestep_spacing or _habit(sampler)
+        spacing = spacing or self._spacing(sampler)
         _one_of("sampler", sampler, SAMPLER_NAMES)
         _one_of("timestep_spacing", spacing, SPACINGS)
         self._check_count(sampler, num_inference_steps)
@@ -179,6 +179,12 @@ class NoiseSchedule:
         return replace(
             steps, log_sigmas=self._log_sigmas, timestep_scaling=self.config.timestep_scaling
         )
+
+    def _spacing(self, sampler: str) -> str:
+        if sampler == "turbo":
+            return "trailing"  # These networks are distilled from the last timestep down.
+        habit = "leading" if sampler in _ALPHA_KIND else "linspace"
+        return self.config.timestep_spacing or habit
 
     def _sigma_steps(self, sampler: str, count: int, schedule: str, spacing: str) -> Steps:
         timesteps = self._spaced(count, spacing).astype(np.float32).astype(np.float64)
@@ -363,12 +369,6 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise BadInput(f"{name} is {value!r}: give {', '.join(choices[:-1])} or {choices[-1]}")
     return value
-
-
-def _habit(sampler: str) -> str:
-    if sampler == "turbo":
-        return "trailing"
-    return "leading" if sampler in _ALPHA_KIND else "linspace"
 
 
 def _alphas_cumprod(config: ScheduleConfig) -> NDArray[np.float32]:
