@@ -42,7 +42,7 @@ class NoiseSource:
     """Draw noise for each image from its own seed, the same on every device and in any batch.
 
     `kind` "philox" (the default) needs NumPy only: Philox 4x32-10 and Box-Muller, counted as CUDA
-    does, so a seed gives what `torch.randn` gives on a GPU. "torch" draws from one
+    counts small tensors, so these equal `torch.randn` on a GPU. "torch" draws from one
     `torch.Generator("cpu")` per image, as diffusers does when given such a list.
     Raises BadInput for a seed outside 0 … 2^64 - 1 or an unknown kind.
     """
