@@ -53,6 +53,7 @@ TORCH_LINE = (
     "weights.load_module",
     "weights.save",
     "weights.save_generator",
+    "weights.save_module",
     "runtimes.on_torch",
     "runtimes.on_torch_generator",
     "runtimes.export",

@@ -13,6 +13,7 @@ from diptych.errors import WeightsMismatch
 from diptych.models.clip_text import ClipText, ClipTextConfig
 from diptych.models.unet import UNet, UNetConfig
 from diptych.models.vae import Vae, VaeConfig
+from diptych.weights.dialects.ldm_file import is_dropped
 from diptych.weights.files import contents, read_checkpoint
 from diptych.weights.generator_files import GeneratorFolder
 from diptych.weights.layouts import Component, components, leftover
@@ -81,8 +82,7 @@ def _sources(model: GeneratorFolder) -> dict[str, Source]:
             f"{model.name}: {len(unknown)} of the tensors in {model.path.name}, read as a single "
             f"file of Stable Diffusion, are unexpected: {shown}. {FETCH_ANEW.capitalize()}."
         )
-    dropped = [name for name in stored if not name.startswith(tuple(p.prefix for p in parts))]
-    if dropped:
+    if dropped := [name for name in stored if is_dropped(name)]:
         logger.debug("%s: dropped: %s", model.name, ", ".join(dropped)[:400])
     return {part.name: _source(model, part, _below(stored, part.prefix)) for part in parts}
 
@@ -93,5 +93,7 @@ def _source(model: GeneratorFolder, part: Component, stored: Mapping[str, Stored
 
 def _below(stored: Mapping[str, StoredTensor], prefix: str) -> dict[str, StoredTensor]:
     return {
-        name[len(prefix) :]: tensor for name, tensor in stored.items() if name.startswith(prefix)
+        name[len(prefix) :]: tensor
+        for name, tensor in stored.items()
+        if name.startswith(prefix) and not is_dropped(name)
     }

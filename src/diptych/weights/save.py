@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +15,17 @@ from diptych.errors import BadInput
 from diptych.models.vision_encoder_decoder import VisionEncoderDecoder
 from diptych.weights.bounded_json import Rejected, read_object
 from diptych.weights.dialects import vision_encoder_decoder as dialect
-from diptych.weights.rename import backwards, reshape
-from diptych.weights.tensors import ITEM_SIZES, SAFETENSORS_NAMES
+from diptych.weights.save_module import (
+    Written,
+    as_target,
+    dtype_name,
+    staged,
+    write_file,
+    write_tensors,
+)
 
 __all__ = ["describe_config", "save_captioner"]
 
-_CODES = {name: code for code, name in SAFETENSORS_NAMES.items()}
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _MAX_TOKENIZER = 64 << 20
 # What may lie beside a tokenizer and belongs to it.
 _TOKENIZER_FILES = (
@@ -55,7 +54,7 @@ def save_captioner(
     one that exists, each file is replaced whole. Raises `BadInput` where it cannot be written.
     """
     folder = Path(folder)
-    target = _dtype(dtype)
+    target = as_target(dtype)
     state = {name: tensor.detach() for name, tensor in module.state_dict().items()}
     config = describe_config(module)
     documents = {
@@ -65,11 +64,11 @@ def save_captioner(
     }
     documents["config.json"]["torch_dtype"] = _written_dtype(state, target)
     try:
-        with _staged(folder) as staging:
-            _write_tensors(staging / "model.safetensors", state, target)
+        with staged(folder) as staging:
+            write_tensors(staging / "model.safetensors", [Written(dialect, state)], target)
             _copy_tokenizer(Path(tokenizer), staging, generation)
             for name, document in documents.items():
-                _write(staging / name, json.dumps(document, indent=2, sort_keys=True) + "\n")
+                write_file(staging / name, json.dumps(document, indent=2, sort_keys=True) + "\n")
     except OSError as error:
         needed = sum(tensor.nbytes for tensor in state.values()) >> 20
         raise BadInput(
@@ -91,63 +90,8 @@ def _tokens(generation: Mapping[str, Any]) -> dict[str, Any]:
     return {word: generation[word] for word in words if word in generation}
 
 
-# --- tensors --------------------------------------------------------------------------------------
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if dtype is not None and found not in _DTYPES.values():
-        raise BadInput(f"dtype is {str(dtype)!r}: give {', '.join(_DTYPES)}.")
-    return found
-
-
 def _written_dtype(state: Mapping[str, Tensor], target: torch.dtype | None) -> str:
-    return _name(target or state["decoder.wte.weight"].dtype)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _write_tensors(path: Path, state: Mapping[str, Tensor], target: torch.dtype | None) -> None:
-    """Write a safetensors file tensor by tensor, so that no second copy of all is ever made."""
-    files = backwards(dialect, state)
-    dtypes = {
-        name: target if target and tensor.is_floating_point() else tensor.dtype
-        for name, tensor in state.items()
-    }
-    # The widest numbers first keep all of them aligned.
-    order = sorted(state, key=lambda name: (-ITEM_SIZES[_name(dtypes[name])], files[name]))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name in order:
-        shape = list(state[name].shape)
-        if reshape(dialect, files[name]) == "transpose":
-            shape.reverse()
-        dtype = _name(dtypes[name])
-        end = position + state[name].numel() * ITEM_SIZES[dtype]
-        header[files[name]] = {
-            "dtype": _CODES[dtype],
-            "shape": shape,
-            "data_offsets": [position, end],
-        }
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with _written(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            file.write(_bytes(name, state[name], dtypes[name], files[name]))
-
-
-def _bytes(name: str, tensor: Tensor, dtype: torch.dtype, file: str) -> memoryview:
-    tensor = tensor.cpu()
-    cast = tensor.to(dtype)
-    if cast.dtype != tensor.dtype and bool((tensor.isfinite() & ~cast.isfinite()).any()):
-        raise BadInput(f"{name} holds numbers beyond {_name(dtype)}: save it as float32.")
-    if reshape(dialect, file) == "transpose":
-        cast = cast.t()
-    return cast.contiguous().flatten().view(torch.uint8).numpy().data
+    return dtype_name(target or state["decoder.wte.weight"].dtype)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -157,9 +101,9 @@ def _copy_tokenizer(tokenizer: Path, staging: Path, generation: Mapping[str, Any
     beside = [tokenizer.with_name(name) for name in _TOKENIZER_FILES]
     for source in beside:
         if source == tokenizer or source.is_file():
-            _write(staging / source.name, source.read_bytes())
+            write_file(staging / source.name, source.read_bytes())
     if not (staging / "tokenizer_config.json").exists():
-        _write(staging / "tokenizer_config.json", _tokenizer_config(tokenizer, generation))
+        write_file(staging / "tokenizer_config.json", _tokenizer_config(tokenizer, generation))
 
 
 def _tokenizer_config(tokenizer: Path, generation: Mapping[str, Any]) -> str:
@@ -178,50 +122,3 @@ def _tokenizer_config(tokenizer: Path, generation: Mapping[str, Any]) -> str:
         if value in texts:
             document[word] = texts[value]
     return json.dumps(document, indent=2)
-
-
-@contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
-    """Give a folder to write into, whose files then take their places in `folder` at once."""
-    is_new = not folder.exists()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.parent if is_new else folder
-    staging = beside / f".{folder.name}.{secrets.token_hex(4)}.partial"
-    staging.mkdir()
-    try:
-        yield staging
-        if is_new:
-            _sync(staging)
-            staging.rename(folder)
-        else:
-            for path in sorted(staging.iterdir()):
-                path.replace(folder / path.name)
-            _sync(folder)
-            staging.rmdir()
-        _sync(folder.parent)
-    finally:
-        if staging.exists():
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-@contextmanager
-def _written(path: Path) -> Iterator[Any]:
-    with path.open("xb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    with _written(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-
-
-def _sync(folder: Path) -> None:
-    # Makes the new names durable. Not every system lets a folder be opened.
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
