@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from diptych.errors import BadInput
+from diptych.models.unet import UNet, UNetConfig
 from diptych.models.vae import Vae, VaeConfig
 from diptych.runtimes.on_torch_generator import generator_networks
 from diptych.runtimes.tiling import Tiling, decode_latents, encode_pixels
@@ -85,7 +86,7 @@ def test_pictures_are_tiled_above_a_size_only() -> None:
 def test_seams_of_a_real_decoder_are_faint(kind: str) -> None:
     torch.manual_seed(3)
     config = VaeConfig(block_out_channels=(16, 16, 32, 32), layers_per_block=1, norm_num_groups=4)
-    networks = generator_networks({"unet": torch.nn.Linear(1, 1), "vae": Vae(config).eval()})
+    networks = generator_networks({"unet": UNet(UNetConfig.tiny()), "vae": Vae(config).eval()})
     decoder = networks["vae_decoder"]
     # Smooth, as latents of pictures are: norms then see about the same in every tile.
     latents = torch.nn.functional.interpolate(
