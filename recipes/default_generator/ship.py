@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diptych.weights.save_generator import save_generator
 from safetensors import safe_open
 from torch import Tensor
 
 from diptych.models.vae import Vae
 from diptych.runtimes.export_generator import export_generator
-from diptych.weights.diffusion import describe_generator
+from diptych.weights.generator_files import GeneratorFolder
+from diptych.weights.save_generator import describe_configs, save_generator
+from diptych.weights.tokenizer_files import find_tokenizer
 from train import painted, schedule_config
 from train_vae import trained
 
@@ -40,17 +41,22 @@ def main() -> None:
         "unet": painter.unet,
         "vae": normalised(trained(config, torch.device("cpu")), *statistics(config)),
     }
-    save_generator(
-        modules,
-        folder,
+    model = GeneratorFolder(
+        path=folder,
+        name="default",
+        revision=None,
+        family="diptych",
+        configs=describe_configs(modules),
         schedule=dataclasses.asdict(schedule_config(config)),
-        tokenizers={"tokenizer": Path(config["output"]) / "tokenizer"},
+        tokenizers={"tokenizer": find_tokenizer(Path(config["output"]) / "tokenizer")},
+        weights={},
+        layout="diffusers",
+        networks={},
+        precision=None,
         defaults=config["defaults"],
-        dtype="float16",
     )
-    report = export_generator(
-        modules, describe_generator(folder), folder, precision=config["ship"]["precision"]
-    )
+    save_generator(modules, model, folder, dtype="float16")
+    report = export_generator(modules, model, folder, precision=config["ship"]["precision"])
     print(report)
 
 
@@ -61,9 +67,7 @@ def statistics(config: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def normalised(vae: Vae, mean: Tensor, std: Tensor) -> Vae:
-    """Fold (latents - mean) / std into the convolution after the encoder, its inverse before the
-    decoder's first.
-    """
+    """Fold (latents - mean) / std into what follows the encoder; undo it before the decoder."""
     assert vae.quant_conv is not None
     assert vae.post_quant_conv is not None
     assert vae.quant_conv.bias is not None

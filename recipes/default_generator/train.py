@@ -160,6 +160,12 @@ def build(config: dict[str, Any]) -> Painter:
     for name, parameter in module.text_encoder.named_parameters():
         if "embedding" in name:
             nn.init.normal_(parameter, std=0.02)
+    for name, parameter in module.unet.named_parameters():
+        if any(end in name for end in ("conv2.", "proj_out.", "conv_out.")):
+            # Every block begins as nothing added (Dhariwal and Nichol 2021).
+            nn.init.zeros_(parameter)
+        elif parameter.ndim > 1:
+            nn.init.kaiming_normal_(parameter, nonlinearity="linear")
     return module
 
 
@@ -181,7 +187,8 @@ def encode_all(config: dict[str, Any], device: torch.device, workers: Workers) -
     """
     path = Path(config["output"]) / "latents.safetensors"
     if workers.leads and not path.exists():
-        tensors, captions = {}, {}
+        tensors, captions, threads = {}, {}, torch.get_num_threads()
+        torch.set_num_threads(workers.count * threads)  # the others wait
         vae = trained(config, device)
         for name, each in pictures(config).items():
             tensors[name] = _encode(vae, each, device)
@@ -189,13 +196,14 @@ def encode_all(config: dict[str, Any], device: torch.device, workers: Workers) -
         everything = torch.cat([t[:3000] for t in tensors.values()])
         mean, std = everything.mean((0, 2, 3)), everything.std((0, 2, 3))
         tensors = {
-            name: ((t - mean[:, None, None]) / std[:, None, None]).half()
+            name: ((t - mean[:, None, None]) / std[:, None, None]).half().contiguous()
             for name, t in tensors.items()
         }
         tensors |= {"mean": mean, "std": std}
         partial = path.with_suffix(".partial")
         save_file(tensors, partial, {"captions": json.dumps(captions)})
         partial.replace(path)
+        torch.set_num_threads(threads)
     workers.wait()
 
 
