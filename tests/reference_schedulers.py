@@ -17,7 +17,8 @@ from diptych.text_to_image.samplers import NoiseSource
 
 # Ours: the module and class in diffusers, and what has to be said to it.
 SCHEDULERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "ddim": ("ddim", "DDIMScheduler", {}),
+    # Published files of both say clip_sample false; a swap from another scheduler loses that.
+    "ddim": ("ddim", "DDIMScheduler", {"clip_sample": False}),
     "euler": ("euler_discrete", "EulerDiscreteScheduler", {}),
     "euler_a": ("euler_ancestral_discrete", "EulerAncestralDiscreteScheduler", {}),
     "heun": ("heun_discrete", "HeunDiscreteScheduler", {}),
@@ -30,7 +31,7 @@ SCHEDULERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dpmpp_sde": ("dpmsolver_sde", "DPMSolverSDEScheduler", {}),
     "unipc": ("unipc_multistep", "UniPCMultistepScheduler", {}),
     "lms": ("lms_discrete", "LMSDiscreteScheduler", {}),
-    "lcm": ("lcm", "LCMScheduler", {}),
+    "lcm": ("lcm", "LCMScheduler", {"clip_sample": False}),
     "pndm": ("pndm", "PNDMScheduler", {}),
     "turbo": (
         "euler_ancestral_discrete",

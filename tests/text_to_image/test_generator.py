@@ -92,6 +92,14 @@ def psnr(one: Image.Image, other: Image.Image) -> float:
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
+def test_eta_renews_noise() -> None:
+    generator = noisy()
+    plain = generator.generate("red", seed=0, sampler="ddim")
+    zero = generator.generate("red", seed=0, sampler="ddim", eta=0.0)
+    renewed = generator.generate("red", seed=0, sampler="ddim", eta=1.0)
+    assert zero.image.tobytes() == plain.image.tobytes() != renewed.image.tobytes()
+
+
 def test_seeds() -> None:
     generator = noisy()
     zero = generator.generate("red", seed=0)
@@ -135,6 +143,7 @@ def test_own_starting_noise() -> None:
         ({"options": {"seed": 1}}, "GenerateOptions"),
         ({"negative_prompt": ["a", "b"]}, "negative"),
         ({"seed": -1}, "seed"),
+        ({"eta": 0.5, "sampler": "euler"}, "eta is for"),
     ],
 )
 def test_mistakes_get_a_clear_sentence(

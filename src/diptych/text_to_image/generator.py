@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast, overload
@@ -42,6 +42,7 @@ OnError = Literal["keep", "raise"]
 # Latent pixels that are worked on at once where the caller does not say how many pictures.
 _LATENT_PIXELS = {"cpu": 64 * 64, "gpu": 4 * 64 * 64}
 _MOST_AT_ONCE = 8
+_TAKE_ETA = ("ddim", "dpmpp_2m", "dpmpp_2m_sde")
 
 
 class ImageGenerator:
@@ -78,17 +79,22 @@ class ImageGenerator:
         device: str = "auto",
         dtype: str = "auto",
         revision: str | None = None,
+        prediction_type: str | None = None,
     ) -> Self:
         """Load a generator by name: "default", a folder, a single file, or a hub id.
 
         `runtime` is auto, onnxruntime or torch; `device` auto, cpu, cuda, …; `dtype` auto, float32,
-        bfloat16 or float16. Raises `UnknownModel`, `UnsupportedModel`, `WeightsMismatch`,
-        `MissingExtra`, or `BadInput` for a combination that cannot be.
+        bfloat16 or float16. `prediction_type` (epsilon, v_prediction, sample) overrules what the
+        checkpoint says, which single files often leave open. Raises `UnknownModel`,
+        `UnsupportedModel`, `WeightsMismatch`, `MissingExtra`, or `BadInput` for a combination that
+        cannot be.
         """
         if not isinstance(name_or_path, str | Path):
             raise BadInput(f"a model is given by name or folder, not as {name_or_path!r}")
         seen = sys.stderr is not None and sys.stderr.isatty()
-        model = resolve_generator(name_or_path, revision=revision, progress=seen)
+        model = resolve_generator(
+            name_or_path, revision=revision, progress=seen, prediction_type=prediction_type
+        )
         return cls.from_model(model, runtime=runtime, device=device, dtype=dtype)
 
     @classmethod
@@ -375,12 +381,20 @@ class ImageGenerator:
 
     def _steps(self, options: GenerateOptions) -> Steps:
         assert options.sampler is not None and options.num_inference_steps is not None
-        return self.schedule.steps(
+        steps = self.schedule.steps(
             options.sampler,
             options.num_inference_steps,
             schedule=options.schedule,
             spacing=options.timestep_spacing,
         )
+        if options.eta is None:
+            return steps
+        if options.sampler not in _TAKE_ETA:
+            raise BadInput(
+                f"eta is for the samplers {', '.join(_TAKE_ETA)}, not for {options.sampler}: leave "
+                "it out, or take one of these"
+            )
+        return replace(steps, settings={**steps.settings, "eta": options.eta})
 
     def _follow(
         self, call: _Call, *, finish: bool = True
