@@ -14,7 +14,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("diptych", "numpy", "onnxruntime", "pillow", "torch", "transformers")
+PACKAGES = (
+    *("diptych", "accelerate", "diffusers", "numpy", "onnxruntime", "pillow", "torch"),
+    "transformers",
+)
 
 
 def take_turns(
