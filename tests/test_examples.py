@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 import diptych
-from diptych import Captioner
+from diptych import Captioner, export
 from tiny_models import make_captioner
+from tiny_pipelines import make_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "docs" / "quickstart.md"
@@ -32,6 +33,15 @@ def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("artifact") / "tiny"
     Captioner.load(checkpoint).export(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    make_pipeline(folder, "sd1", 3, scheduler="sd2", sample_size=4)
+    artifact = tmp_path_factory.mktemp("artifact") / "generator"
+    export(folder, artifact)
+    return artifact
 
 
 @pytest.fixture
@@ -104,6 +114,31 @@ def test_export_and_run_without_torch(clone: Path, checkpoint: Path) -> None:
     *_, with_torch, without_torch = lines
     assert with_torch.split(":", 1)[1].strip() == without_torch.split(":", 1)[1].strip()
     assert (clone / "onnx" / "export.json").is_file()
+
+
+def test_generate_picture(clone: Path, generator: Path) -> None:
+    words = ("two green triangles", "--model", generator, "--count", 3, "--steps", 2, "--seed", 5)
+    lines = run(clone, "generate_picture", *words)
+    assert lines[0] == f"{Path('pictures/5.png')}: 32 x 32, seed 5"
+    assert lines[3] == f"all of them: {Path('pictures/sheet.png')}"
+    assert lines[4] == "drawn again from the file alone, it is the same: True"
+    pictures = [Image.open(clone / "pictures" / f"{seed}.png") for seed in (5, 6, 7)]
+    assert pictures[0] != pictures[1] != pictures[2]
+    with Image.open(clone / "pictures" / "sheet.png") as sheet:
+        assert sheet.width > 64 and sheet.height > 64
+
+
+def test_denoising_preview(clone: Path, generator: Path) -> None:
+    lines = run(clone, "denoising_preview", "--model", generator, "--steps", 4)
+    assert [line.split("s  ")[1].split(",")[0] for line in lines[:-1]] == [
+        f"step {number} of 4" for number in (1, 2, 3, 4)
+    ]
+    assert lines[-1] == "4 previews and the picture: steps.png"
+    words = ("--model", generator, "--steps", 4, "--stop-after", 2, "--out", "early.png")
+    early = run(clone, "denoising_preview", *words)
+    assert early[-1] == "2 previews and the picture: early.png"
+    with Image.open(clone / "steps.png") as whole, Image.open(clone / "early.png") as stopped:
+        assert whole.width > stopped.width > 64
 
 
 def test_examples_are_short_and_all_alike() -> None:
