@@ -18,8 +18,16 @@ PYTEST      := $(OFFLINE) $(DEV)/bin/python -m pytest
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
-demo: $(DEMO)/.installed ## caption the sample photos with the embedded model (base install, no torch)
+demo: $(DEMO)/.installed ## caption the sample photos, draw a sheet of pictures (base install, no torch)
 	@$(DEMO)/bin/diptych caption examples/photos --verbose
+	@if [ -f src/diptych/weights/embedded/generator/artifact.json ]; then \
+	  rm -f demo/*.png; \
+	  $(DEMO)/bin/diptych generate --prompts examples/prompts.txt --seed 1 --output demo \
+	    --grid demo/sheet.png >/dev/null && \
+	  echo "pictures of the lines in examples/prompts.txt: $(CURDIR)/demo/sheet.png"; \
+	else \
+	  echo "no pictures: this checkout carries no default generator yet" >&2; \
+	fi
 
 test: $(DEV)/.installed ## run the tests, offline, and print the coverage
 	@$(PYTEST) --cov --cov-report=term
@@ -36,14 +44,15 @@ fix: $(DEV)/.installed ## let ruff repair and format what it can
 	@$(DEV)/bin/ruff check --fix .
 	@$(DEV)/bin/ruff format .
 
-bench: $(DEV)/.installed ## measure caption speed beside transformers
+bench: $(DEV)/.installed ## measure speed beside transformers and diffusers
 	@$(OFFLINE) $(DEV)/bin/python benchmarks/caption_speed.py
+	@$(OFFLINE) $(DEV)/bin/python benchmarks/generate_speed.py
 
 docs: $(DOCS)/.installed ## build the documentation into site/; a broken link fails
 	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
 
 clean: ## remove build outputs and caches; virtual environments stay
-	@rm -rf build dist site .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build dist site demo .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find src tests benchmarks recipes examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per environment: newer than pyproject.toml and constraints.txt means nothing to do.

@@ -1,4 +1,4 @@
-"""Write docs/reference/ from the code: docstrings, the command line, the caption options.
+"""Write docs/reference/ from the code: docstrings, the command line, the options.
 
 python docs/generate_reference.py            write the pages
 python docs/generate_reference.py --check    exit with 1 where a page is not what it would write
@@ -13,7 +13,7 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,22 @@ NOTE = "<!-- Written by docs/generate_reference.py: change the code, then run it
 # What the API page shows, in its order: module → names, whose order is the reader's.
 API = {
     "diptych": (
-        *("Captioner", "Caption", "CaptionOptions", "caption", "export", "pipeline"),
-        "available_models",
+        *("Captioner", "Caption", "CaptionOptions", "caption", "pipeline"),
+        *("ImageGenerator", "GeneratedImage", "GenerateOptions", "generate"),
+        *("export", "available_models"),
     ),
+    "diptych.text_to_image.previews": ("DenoisingStep",),
+    "diptych.text_to_image.infotext": ("read_settings", "from_text", "Settings"),
+    "diptych.text_to_image.schedules": ("NoiseSchedule", "ScheduleConfig", "Steps"),
+    "diptych.text_to_image.samplers": ("sample", "NoiseSource", "Step"),
+    "diptych.text_to_image.denoiser": ("build_denoiser", "EpsDenoiser", "Guided"),
+    "diptych.text_to_image.prompts": (
+        "encode_prompts",
+        "parse_prompt",
+        "PromptPair",
+        "Conditioning",
+    ),
+    "diptych.weights.adapters": ("LoraHandle",),
     "diptych.image_to_text.pipeline": ("ImageToTextPipeline",),
     "diptych.weights.catalog": ("ModelInfo",),
     "diptych.images": (
@@ -37,19 +50,29 @@ API = {
         *("bootstrap_interval", "tokenize", "tokenize_words"),
     ),
     "diptych.evaluation.captions": ("report", "CaptionReport", "read_references", "read_captions"),
+    "diptych.evaluation.adherence": ("judge", "Judgement", "report"),
+    "diptych.evaluation.image_metrics": ("psnr", "ssim"),
     "diptych.errors": (
         *("DiptychError", "UnknownModel", "UnsupportedModel", "WeightsMismatch", "BadInput"),
         *("BadImage", "MissingExtra"),
     ),
 }
 # Public for other rooms of the house, of no use to a reader.
-HIDDEN = {"Captioner", "Captioner.from_model", "Captioner.look", "CaptionOptions.for_search"}
+HIDDEN = {
+    *("Captioner", "Captioner.from_model", "Captioner.look", "CaptionOptions.for_search"),
+    *("ImageGenerator", "ImageGenerator.from_model", "GenerateOptions.resolve"),
+}
 INTRODUCTIONS = {
     "diptych": (
         "Everything here is imported when it is first used, so `import diptych` is cheap. An "
         "`ImageInput` is a path, encoded bytes, a binary file, a `data:` or http(s) URL, a PIL "
         'image or a NumPy array. `Alpha` is `"white"` or `"drop"`, `OnError` is `"keep"` or '
-        '`"raise"`.'
+        '`"raise"`. An `Array` is NumPy or torch.'
+    ),
+    "diptych.text_to_image.infotext": "Settings that pictures carry inside their files.",
+    "diptych.text_to_image.schedules": (
+        "The parts of a run, for putting others together: see "
+        "[diffusion in ten minutes](../concepts/diffusion.md)."
     ),
     "diptych.images": "Pictures by themselves, without a model.",
     "diptych.errors": "Every error that a user can cause is one of these.",
@@ -103,20 +126,21 @@ def api_page() -> Iterator[str]:
 
 def _class(name: str, value: type) -> Iterator[str]:
     yield from (f"### `{name}`", "")
-    if dataclasses.is_dataclass(value) and name != "CaptionOptions":
-        fields = [field for field in dataclasses.fields(value) if not field.name.startswith("_")]
+    if dataclasses.is_dataclass(value) and name not in OPTIONS:
+        fields = [f for f in dataclasses.fields(value) if f.repr and not f.name.startswith("_")]
         lines = [f"    {field.name}: {field.type}{_default(field)}" for field in fields]
         yield from ("```text", f"{name}(", *(line + "," for line in lines), ")", "```", "")
     elif "__init__" in vars(value) and name not in HIDDEN and not issubclass(value, Exception):
         yield from ("```text", *_signature(name, value.__init__), "```", "")
     yield from (*_docstring(value), "")
-    if name == "CaptionOptions":
-        yield from ("The fields are described in [caption options](options.md).", "")
+    if name in OPTIONS:
+        told, anchor = OPTIONS[name][0].lower(), OPTIONS[name][0].lower().replace(" ", "-")
+        yield from (f"The fields are described in [{told}](options.md#{anchor}).", "")
     for member_name, member in vars(value).items():
         inner = getattr(member, "__func__", getattr(member, "fget", member))
         public = not member_name.startswith("_") or member_name == "__call__"
         full = f"{name}.{member_name}"
-        if public and full not in HIDDEN and inspect.isfunction(inner) and inspect.getdoc(inner):
+        if public and full not in HIDDEN and inspect.isfunction(inner) and inner.__doc__:
             kind = "property" if isinstance(member, property) else ""
             yield from _function(full, inner, 4, kind)
 
@@ -223,8 +247,10 @@ def _command(name: str, verb: Any) -> Iterator[str]:
     for parameter in inspect.signature(verb, eval_str=True).parameters.values():
         kind, told = parameter.annotation.__origin__, parameter.annotation.__metadata__[0]
         (arguments if isinstance(told, ArgumentInfo) else flags).append((parameter, kind, told))
-    shared = [_flag_names(p, told)[0] for p, _, told in flags if p.name in _option_names()]
-    own = [flag for flag in flags if flag[0].name not in _option_names()]
+    kind = _options_of(parameter.name for parameter, _, _ in flags)
+    names = _option_names(kind)
+    shared = [_flag_names(p, told)[0] for p, _, told in flags if p.name in names]
+    own = [flag for flag in flags if flag[0].name not in names]
     usage = [name, "[OPTIONS]", *(_placeholder(p, kind) for p, kind, _ in arguments)]
     yield from (f"## `{name}`", "", inspect.getdoc(verb) or "", "")
     yield from ("```text", " ".join(usage), "```", "")
@@ -245,7 +271,10 @@ def _command(name: str, verb: Any) -> Iterator[str]:
         ],
     )
     if shared:
-        yield from ("And every [caption option](options.md) as a flag:", "")
+        title = OPTIONS[kind][0].lower()
+        every = "all" if len(shared) == len(names) else "these"
+        link = f"[{title}](options.md#{title.replace(' ', '-')})"
+        yield from (f"And {every} of the {link} as flags:", "")
         yield from (f"{_code(*shared)}.", "")
 
 
@@ -266,7 +295,7 @@ def _flag_names(parameter: inspect.Parameter, told: Any) -> list[str]:
 
 
 def _placeholder(parameter: inspect.Parameter, kind: Any) -> str:
-    return parameter.name.upper() + ("…" if typing.get_origin(kind) is list else "")
+    return parameter.name.upper() + ("…" if typing.get_origin(_core(kind)) is list else "")
 
 
 def _value(kind: Any, told: Any) -> str:
@@ -296,41 +325,75 @@ def _shown(parameter: inspect.Parameter) -> str:
     return f"`{getattr(default, 'value', default)}`"
 
 
-def _option_names() -> set[str]:
-    from diptych.image_to_text.options import CaptionOptions
+def _options_of(names: Iterable[str]) -> str:
+    """Return the class of options that most of a verb's flags belong to."""
+    flags = set(names)
+    return max(OPTIONS, key=lambda kind: len(flags & _option_names(kind)))
 
-    return {field.name for field in dataclasses.fields(CaptionOptions)}
+
+def _option_names(kind: str) -> set[str]:
+    return {field.name for field in dataclasses.fields(_options_class(kind))}
+
+
+def _options_class(kind: str) -> Any:
+    return getattr(importlib.import_module(OPTIONS[kind][1]), kind)
 
 
 # --- options --------------------------------------------------------------------------------------
 
+# Class → title of its section, module, what comes before and after the table.
+OPTIONS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
+    "CaptionOptions": (
+        "Caption options",
+        "diptych.image_to_text.options",
+        (
+            "The same words in Python (`captioner.caption(image, num_beams=4)`), as flags of the",
+            "command line (`--num-beams 4`) and in `CaptionOptions(num_beams=4)`.",
+            "",
+            "What is not set comes from the model's generation config, and from the last column",
+            "where that says nothing.",
+        ),
+        (
+            "Naming `temperature`, `top_k`, `top_p` or `seed` turns sampling on. Sampling and",
+            "`num_beams` above 1 exclude each other. `max_new_tokens` wins over `max_length`.",
+            "How these words act is told in [how captions are decoded](../concepts/decoding.md).",
+        ),
+    ),
+    "GenerateOptions": (
+        "Generate options",
+        "diptych.text_to_image.options",
+        (
+            "The same words in Python (`generator.generate(prompt, eta=0.5)`), as flags of the",
+            "command line (`--eta 0.5`) and in `GenerateOptions(eta=0.5)`.",
+            "",
+            "What is not set comes from the model, and from the last column where that says",
+            "nothing. `generator.options` tells what holds.",
+        ),
+        (
+            "What the samplers are good for is told in",
+            "[generating](../guides/generate.md#steps-samplers-schedules), how they work in",
+            "[diffusion in ten minutes](../concepts/diffusion.md).",
+        ),
+    ),
+}
+
 
 def options_page() -> Iterator[str]:
-    """Yield the lines of the page of caption options, from the metadata of their fields."""
-    from diptych.image_to_text.options import CaptionOptions
+    """Yield the lines of the page of options, from the metadata of their fields."""
+    yield from (NOTE, "", "# Options", "")
+    for kind, (title, _, before, after) in OPTIONS.items():
+        yield from (f"## {title}", "", *before, "")
+        fields = dataclasses.fields(_options_class(kind))
+        yield from _table(("option", "value", "meaning", "default"), [_option(f) for f in fields])
+        yield from (*after, "")
 
-    yield from (NOTE, "", "# Caption options", "")
-    yield from (
-        "The same words in Python (`captioner.caption(image, num_beams=4)`), as flags of the",
-        "command line (`--num-beams 4`) and in `CaptionOptions(num_beams=4)`.",
-        "",
-        "What is not set comes from the model's generation config, and from the last column where",
-        "that says nothing.",
-        "",
-    )
-    rows = []
-    for field in dataclasses.fields(CaptionOptions):
-        meta = field.metadata
-        default = "drawn" if field.name == "seed" else repr(meta["default"]).replace("''", "none")
-        default = "none" if meta["default"] is None and field.name != "seed" else default
-        shown = default if default in ("none", "drawn") else f"`{default}`"
-        rows.append((f"`{field.name}`", _wanted(meta), meta["help"], shown))
-    yield from _table(("option", "value", "meaning", "default"), rows)
-    yield from (
-        "Naming `temperature`, `top_k`, `top_p` or `seed` turns sampling on. Sampling and",
-        "`num_beams` above 1 exclude each other. `max_new_tokens` wins over `max_length`.",
-        "How these words act is told in [how captions are decoded](../concepts/decoding.md).",
-    )
+
+def _option(field: dataclasses.Field[Any]) -> tuple[str, ...]:
+    meta = field.metadata
+    default = "drawn" if field.name == "seed" else repr(meta["default"]).replace("''", "none")
+    default = "none" if meta["default"] is None and field.name != "seed" else default
+    shown = default if default in ("none", "drawn") else f"`{default}`"
+    return f"`{field.name}`", _wanted(meta), meta["help"], shown
 
 
 def _wanted(meta: Any) -> str:
@@ -338,7 +401,7 @@ def _wanted(meta: Any) -> str:
         return " ".join(f"`{choice}`" for choice in meta["choices"])
     names = {int: "whole number", float: "number", bool: "`True` `False`", str: "text"}
     text, low, high = names[meta["kind"]], meta["low"], meta["high"]
-    if high is not None:
+    if high is not None and high < 2**32:
         return f"{text}, {low:g} to {high:g}"
     return text if low is None else f"{text}, {low:g} or more"
 

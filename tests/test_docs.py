@@ -1,6 +1,6 @@
 """The documentation against the program: every block of Python runs, every command line parses.
 
-Nothing here needs weights or a network: "default" stands for a tiny model. A page's Python blocks
+Nothing here needs weights or a network: "default" stands for tiny models. A page's Python blocks
 run in order and share their names. `<!-- no-run: reason -->` before a block has it compiled only.
 """
 
@@ -21,9 +21,10 @@ from typing import Any
 
 import pytest
 
-from diptych import Captioner
+from diptych import Captioner, export
 from diptych.weights import catalog
 from tiny_models import make_captioner
+from tiny_pipelines import make_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "README.md"])
@@ -72,6 +73,17 @@ def tiny_default(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny generator in the form of the embedded one."""
+    folder = tmp_path_factory.mktemp("default") / "generator"
+    make_pipeline(folder, "sd1", 3, scheduler="sd2", sample_size=4)
+    artifact = tmp_path_factory.mktemp("artifact") / "generator"
+    export(folder, artifact)
+    shutil.copytree(artifact, folder, dirs_exist_ok=True)
+    return folder
+
+
 # --- Python ---------------------------------------------------------------------------------------
 
 
@@ -80,11 +92,16 @@ PYTHON_PAGES = [page for page in PAGES if any(b.language == "python" for b in bl
 
 @pytest.mark.parametrize("page", PYTHON_PAGES, ids=name_of)
 def test_python_blocks_run(
-    page: Path, tiny_default: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path,
+    tiny_default: Path,
+    tiny_generator: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shutil.copytree(ROOT / "examples" / "photos", tmp_path / "examples" / "photos")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(catalog, "EMBEDDED", tiny_default)
+    monkeypatch.setattr(catalog, "EMBEDDED_GENERATOR", tiny_generator)
     names: dict[str, Any] = {"__name__": "__docs__"}
     for block in blocks(page):
         if block.language != "python":
@@ -183,6 +200,7 @@ def parse(arguments: list[str]) -> None:
     from diptych.cli import app
     from diptych.cli.flags import meant
     from diptych.image_to_text.options import CaptionOptions
+    from diptych.text_to_image.options import GenerateOptions
 
     command, name = get_command(app), "diptych"
     if arguments in (["--help"], ["--version"]):
@@ -194,9 +212,10 @@ def parse(arguments: list[str]) -> None:
         assert rest[0] in command.commands, f"{name} has no verb {rest[0]}"
         command, name, arguments = command.commands[rest[0]], rest[0], rest[1:]
     values = command.make_context(name, list(arguments)).params
-    names = {field.name for field in dataclasses.fields(CaptionOptions)}
+    options = GenerateOptions() if name in ("generate", "images") else CaptionOptions()
+    names = {field.name for field in dataclasses.fields(options)}
     asked = {n: meant(v) for n, v in values.items() if n in names and v is not None}
-    CaptionOptions().replace(**asked)
+    options.replace(**asked)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +225,8 @@ def parse(arguments: list[str]) -> None:
         "diptych caption a.jpg --num-beams four",
         "diptych caption a.jpg --num-beams 4 --top-p 0.5",
         "diptych caption",
+        "diptych generate tulip --steps 0",
+        "diptych generate tulip --sampler eulr",
         "diptych paint a.jpg",
         "cat a.jpg | diptych caption - --heat-map x.png",
         "make coffee",
