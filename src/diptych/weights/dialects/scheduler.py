@@ -78,7 +78,6 @@ _UNUSUAL: dict[str, dict[str, Any]] = {
     "KDPM2DiscreteScheduler": _SCALED,
     "KDPM2AncestralDiscreteScheduler": _SCALED,
     "DPMSolverSDEScheduler": _SCALED,
-    "DPMSolverSinglestepScheduler": {"lower_order_final": False},
     "UniPCMultistepScheduler": {"solver_type": "bh2"},
     "LCMScheduler": _LCM,
     "TCDScheduler": _LCM,
@@ -207,6 +206,8 @@ _UNSAID: Mapping[str, set[str]] = {
 
 
 def _sampler(name: Any, document: Mapping[str, Any]) -> str:
+    if not isinstance(name, str):
+        raise UnsupportedModel(f"scheduler: its _class_name is {repr(name)[:60]}, not a name")
     if name in _NEAREST:
         sampler = _NEAREST[name]
         logger.warning("the scheduler names %s, which is not built: %s instead", name, sampler)
