@@ -206,7 +206,7 @@ def _scheduler(diffusers: Any, wanted: Any) -> Any:
 
 
 def _enliven(module: Any) -> None:
-    """Make every parameter matter: norms and biases that are not 1 and 0, embeddings that differ."""
+    """Make every parameter matter: norms and biases not 1 and 0, embeddings that differ."""
     import torch
 
     with torch.no_grad():

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diptych.models.vit import ViT, ViTConfig
-from pictures import Labelled, plain, tiny_imagenet, views
 from diptych.training.state import Average, Log, decayed, learning_rate, load_state, save_state
+from pictures import Labelled, plain, tiny_imagenet, views
 
 
 class Classifier(nn.Module):

@@ -30,8 +30,16 @@ from captioning import (
 )
 from diptych.evaluation.caption_metrics import CiderD, tokenize_words
 from diptych.text import Gpt2Tokenizer
+from diptych.training.state import (
+    Average,
+    Log,
+    decayed,
+    learning_rate,
+    load_state,
+    read_average,
+    save_state,
+)
 from pictures import views
-from diptych.training.state import Average, Log, decayed, learning_rate, load_state, read_average, save_state
 
 
 def rewards(judge: CiderD, photos: list[int], texts: list[str], each: int) -> Tensor:

@@ -20,9 +20,9 @@ import torch
 from captioning import START, new_model, read_split
 from diptych.runtimes.export import export_captioner
 from diptych.text import Gpt2Tokenizer
+from diptych.training.state import read_average
 from diptych.weights.save import save_captioner
 from pictures import plain
-from diptych.training.state import read_average
 
 EMBEDDED = Path(__file__).parents[2] / "src" / "diptych" / "weights" / "embedded" / "captioner"
 NAME = "diptych/default-captioner"

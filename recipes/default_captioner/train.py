@@ -29,8 +29,16 @@ from captioning import (
     word_states,
 )
 from diptych.text import Gpt2Tokenizer
+from diptych.training.state import (
+    Average,
+    Log,
+    decayed,
+    learning_rate,
+    load_state,
+    read_average,
+    save_state,
+)
 from pictures import views
-from diptych.training.state import Average, Log, decayed, learning_rate, load_state, read_average, save_state
 
 COMMON = 60  # words so frequent that they say nothing of the picture
 NUM_WORDS = 600

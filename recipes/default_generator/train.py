@@ -98,7 +98,10 @@ def main() -> None:
             part[rows].to(device)
             for part in batch(data, empty, settings, np.random.default_rng((config["seed"], step)))
         )
-        losses = loss(module, latents, input_ids, timesteps, noise, abar.to(device), config)
+        losses = loss(
+            *(module, latents, input_ids, timesteps, noise, abar.to(device), config),
+            frozen=step >= settings["text_encoder_steps"],
+        )
         optimizer.zero_grad(set_to_none=True)
         losses.mean().backward()
         workers.average(module.parameters())
@@ -270,18 +273,27 @@ def loss(
     noise: Tensor,
     abar: Tensor,
     config: dict[str, Any],
+    *,
+    frozen: bool = False,
 ) -> Tensor:
-    """Return the weighted loss of each row, [B] (min-SNR: Hang et al. 2023; v: Salimans 2022)."""
+    """Return the weighted loss of each row, [B] (min-SNR: Hang et al. 2023; v: Salimans 2022).
+
+    For v the weight is min-SNR of `snr + 1`, the factor between the errors of v and of the sample:
+    that of `snr` alone leaves nothing at high noise, where the layout is decided. `frozen` says
+    that the text encoder learns no more.
+    """
     signal = abar[timesteps].sqrt()[:, None, None, None]
     spread = (1 - abar[timesteps]).sqrt()[:, None, None, None]
-    words, _ = module.text_encoder(input_ids)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        words, _ = module.text_encoder(input_ids)
     found = module.unet(signal * latents + spread * noise, timesteps.float(), words)
     snr = abar[timesteps] / (1 - abar[timesteps])
-    weight = snr.clamp(max=config["train"]["snr_gamma"])
+    gamma = config["train"]["snr_gamma"]
     if config["schedule"]["prediction_type"] == "v_prediction":
-        target, weight = signal * noise - spread * latents, weight / (snr + 1)
+        target = signal * noise - spread * latents
+        weight = (snr + 1).clamp(max=gamma + 1) / (snr + 1)
     else:
-        target, weight = noise, weight / snr
+        target, weight = noise, snr.clamp(max=gamma) / snr
     return weight * (found - target).square().mean((1, 2, 3))
 
 
