@@ -194,6 +194,8 @@ def test_a_rounded_size_is_told_once(run: Run) -> None:
         (["generate", "red", "-o", "gone/x.png"], 2, "gone"),
         (["generate", "red", "-o", "file.txt/x"], 2, "file.txt"),
         (["generate", "red", "--grid", "x.txt"], 2, "x.txt"),
+        (["generate", "red", "--lora", "a.safetensors:0.5"], 1, "runtime='torch'"),
+        (["generate", "red", "--embedding", "a.pt"], 1, "runtime='torch'"),
         (["generate", "red", "--seed", "-1"], 2, "seed"),
         (["generate", "red", "--sampler", "lcm", "--steps", "400"], 2, "lcm"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -300,6 +301,18 @@ def test_an_inpainting_network_repaints_everything() -> None:
     strange = make_generator(networks={"unet": FakeNetwork(unet)}, unet={"in_channels": 7})
     with pytest.raises(UnsupportedModel, match="7 channels"):
         strange.generate("red")
+
+
+def test_adapters_need_torch(tmp_path: Path) -> None:
+    generator = make_generator()
+    with pytest.raises(UnsupportedModel, match="runtime='torch'"):
+        generator.load_lora(tmp_path / "style.safetensors")
+    with pytest.raises(UnsupportedModel, match="runtime='torch'"):
+        generator.load_textual_inversion(tmp_path / "word.safetensors")
+    generator.unload_lora()
+    generator.unload_textual_inversion()
+    with pytest.raises(BadInput, match="cat"):
+        generator.unload_textual_inversion("<cat>")
 
 
 def test_the_model_prefers_and_the_caller_decides() -> None:

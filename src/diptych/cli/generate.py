@@ -56,6 +56,14 @@ def generate(
         Optional[Path],  # noqa: UP045
         typer.Option(help="While at work, keep a blurred picture of what is to come there."),
     ] = None,
+    lora: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="A LoRA file, or FILE:SCALE; may be given several times."),
+    ] = None,
+    embedding: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="A learned word (textual inversion); may be given several times."),
+    ] = None,
     model: Model = "default",
     format: Output = Format.text,
     batch_size: Annotated[
@@ -86,6 +94,12 @@ def generate(
     )
     if verbose:
         complain(f"{generator.model.name}: {generator.networks.reason}")
+    for each in lora or []:
+        generator.load_lora(*lora_and_scale(each))
+    for path in embedding or []:
+        word = generator.load_textual_inversion(path)
+        if verbose:
+            complain(f"learned word: {word}")
     started = time.perf_counter()
     events = generator.follow(wanted, options, batch_size=batch_size)
     with listing(format) as tell, steps_bar(pictures, hide=quiet) as advance:
@@ -174,6 +188,15 @@ def _lines(data: bytes, name: str) -> list[str]:
     except UnicodeDecodeError as error:
         raise BadInput(f"{name}: prompts are read as UTF-8 text, and this is none") from error
     return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def lora_and_scale(text: str) -> tuple[str, float]:
+    """Split FILE:SCALE; the scale of a file alone is 1."""
+    path, _, scale = text.rpartition(":")
+    try:
+        return (path, float(scale)) if path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 class FileNames:

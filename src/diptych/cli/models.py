@@ -57,10 +57,10 @@ def models(format: Output = Format.text) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("model", "where", "size", "licence", "source", box=None, pad_edge=False)
+    table = Table("model", "task", "where", "size", "licence", "source", box=None, pad_edge=False)
     for each in known:
         size = f"{each.size / 1e6:.0f} MB" if each.size else "?"
-        table.add_row(each.name, each.state, size, each.licence, each.source)
+        table.add_row(each.name, each.task, each.state, size, each.licence, each.source)
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)  # names are for copying: never cut one

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diptych.errors import BadInput, DiptychError, UnsupportedModel
-from diptych.runtimes.network import Array, OpenNetworks, open_generator_networks
-from diptych.runtimes.tiling import Tiling, decode_latents, encode_pixels
+from diptych.runtimes.network import Array, OpenNetworks, open_generator_networks, require_torch
 from diptych.text import ClipTokenizer
 from diptych.text_to_image.batch import Batch, Conditioning, Row, alike, stacked
 from diptych.text_to_image.denoiser import build_denoiser, guidance_embedding
@@ -60,7 +59,6 @@ class ImageGenerator:
         self.schedule = NoiseSchedule(ScheduleConfig(**model.schedule))
         vae = model.configs["vae"]
         self.downsampling = vae.get("patch_size", 1) * 2 ** (len(vae["block_out_channels"]) - 1)
-        self.tiling = Tiling()  # how pictures that are larger than memory are cut
         self.latent_channels = int(vae.get("latent_channels", 4))
         self._scaling_factor = float(vae.get("scaling_factor", 0.18215))
         self._shift_factor = float(vae.get("shift_factor", 0.0))
@@ -80,12 +78,14 @@ class ImageGenerator:
         dtype: str = "auto",
         revision: str | None = None,
         prediction_type: str | None = None,
+        offload: bool | None = None,
     ) -> Self:
         """Load a generator by name: "default", a folder, a single file, or a hub id.
 
         `runtime` is auto, onnxruntime or torch; `device` auto, cpu, cuda, …; `dtype` auto, float32,
         bfloat16 or float16. `prediction_type` (epsilon, v_prediction, sample) overrules what the
-        checkpoint says, which single files often leave open. Raises `UnknownModel`,
+        checkpoint says, which single files often leave open. With `offload` each network is on the
+        GPU for its turn only; None does so where there is too little memory. Raises `UnknownModel`,
         `UnsupportedModel`, `WeightsMismatch`, `MissingExtra`, or `BadInput` for a combination that
         cannot be.
         """
@@ -95,7 +95,7 @@ class ImageGenerator:
         model = resolve_generator(
             name_or_path, revision=revision, progress=seen, prediction_type=prediction_type
         )
-        return cls.from_model(model, runtime=runtime, device=device, dtype=dtype)
+        return cls.from_model(model, runtime=runtime, device=device, dtype=dtype, offload=offload)
 
     @classmethod
     def from_model(
@@ -105,9 +105,12 @@ class ImageGenerator:
         runtime: str = "auto",
         device: str = "auto",
         dtype: str = "auto",
+        offload: bool | None = None,
     ) -> Self:
         """Load a generator from a folder or file that was already looked into."""
-        networks = open_generator_networks(model, runtime=runtime, device=device, dtype=dtype)
+        networks = open_generator_networks(
+            model, runtime=runtime, device=device, dtype=dtype, offload=offload
+        )
         tokenizers = {name: files.open() for name, files in model.tokenizers.items()}
         return cls(networks, tokenizers, model)
 
@@ -225,12 +228,7 @@ class ImageGenerator:
             )
         unscaled = self.networks.array(latents) if isinstance(latents, np.ndarray) else latents
         unscaled = unscaled / self._scaling_factor + self._shift_factor
-        decoded = decode_latents(
-            self.networks["vae_decoder"],
-            unscaled,
-            downsampling=self.downsampling,
-            tiling=self.tiling,
-        )
+        (decoded,) = self.networks["vae_decoder"](latents=unscaled)
         pixels = self.networks.numpy(decoded)
         if not np.isfinite(pixels).all():
             raise DiptychError(
@@ -242,12 +240,7 @@ class ImageGenerator:
 
     def encode(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the scaled latents [B, C, h, w] of pixels [B, 3, H, W] in -1..1."""
-        mean, _ = encode_pixels(
-            self.networks["vae_encoder"],
-            self.networks.array(pixel_values),
-            downsampling=self.downsampling,
-            tiling=self.tiling,
-        )
+        mean, _ = self.networks["vae_encoder"](pixel_values=self.networks.array(pixel_values))
         return (self.networks.numpy(mean) - self._shift_factor) * self._scaling_factor
 
     def load_lora(self, path: str | Path, scale: float = 1.0, *, fused: bool = False) -> LoraHandle:
@@ -315,6 +308,27 @@ class ImageGenerator:
                 "loaded: load the generator with runtime='torch'"
             )
         return self.networks.modules
+
+    def save(self, path: str | Path, *, layout: str = "diffusers") -> None:
+        """Write the model so that others load it: a folder of diffusers, or with "ldm" one file.
+
+        LoRAs and learned words that are loaded are left out. Needs the torch extra.
+        """
+        require_torch("saving a checkpoint")
+        from diptych.weights.load_generator import load_generator
+        from diptych.weights.save_generator import save_generator
+
+        save_generator(load_generator(self.model), self.model, Path(path), layout=layout)
+
+    def export(self, folder: str | Path, *, quantize: str | None = None) -> dict[str, Any]:
+        """Write the model as ONNX graphs that run without torch, and compare pictures of both.
+
+        `quantize` stores the weights smaller: "fp16" or "int8". Returns the content of
+        `export.json`. Needs the export extra.
+        """
+        from diptych.runtimes.conversion import export_model
+
+        return export_model(self.model, folder, quantize=quantize)
 
     # Hops of a picture ------------------------------------------------------------------------
 
