@@ -187,7 +187,7 @@ def side_by_side(setting: Setting, dtype: str) -> Iterator[dict[str, Any]]:
         turns = {side: _watched(task, side, case, made) for side, case in cases.items()}
         repeats = max(1, setting.repeats // 3) if is_slow else setting.repeats
         with torch.inference_mode():
-            times = take_turns(turns, repeats, warmup=0 if is_whole else 1)
+            times = take_turns(turns, repeats, warmup=0 if is_slow else 1)
         agreement = _agreement(made, whole=is_whole)
         for side, figures in times.items():
             yield {

@@ -122,8 +122,8 @@ def test_generate_picture(clone: Path, generator: Path) -> None:
     assert lines[0] == f"{Path('pictures/5.png')}: 32 x 32, seed 5"
     assert lines[3] == f"all of them: {Path('pictures/sheet.png')}"
     assert lines[4] == "drawn again from the file alone, it is the same: True"
-    pictures = [Image.open(clone / "pictures" / f"{seed}.png") for seed in (5, 6, 7)]
-    assert pictures[0] != pictures[1] != pictures[2]
+    files = [(clone / "pictures" / f"{seed}.png").read_bytes() for seed in (5, 6, 7)]
+    assert len(set(files)) == 3
     with Image.open(clone / "pictures" / "sheet.png") as sheet:
         assert sheet.width > 64 and sheet.height > 64
 
