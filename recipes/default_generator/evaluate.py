@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from render import render
-from scorer import Scorer, different, load, on_originals
 
 from diptych import ImageGenerator
 from diptych.evaluation.adherence import report
 from diptych.evaluation.image_metrics import Retrieval, psnr, retrieval, ssim
 from diptych.evaluation.scenes import evaluation_prompts, sample_scene, sentence
 from pictures import SIDE, Captioned, photographs
+from render import render
+from scorer import Scorer, different, load, on_originals
 
 Draw = Callable[[Sequence[str]], list[Image.Image]]
 
@@ -139,7 +139,9 @@ def main() -> None:
             f"{score['psnr_lowest']:.2f}), SSIM {score['ssim']:.3f}, {score['pictures']} pictures",
             flush=True,
         )
-    found["scenes through the autoencoder"] = scenes_ceiling(generator, 300, arguments.seed)
+    found["scenes through the autoencoder"] = scenes_ceiling(
+        generator, arguments.count, arguments.seed
+    )
     for name, score in found["scenes through the autoencoder"].items():
         print(f"true scenes through the autoencoder, {name}: {score['share']:.1%}", flush=True)
     if not arguments.only_autoencoder:
