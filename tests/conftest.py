@@ -73,7 +73,9 @@ def _seeds() -> None:
     np.random.seed(SEED)  # noqa: NPY002 -- the references draw from the legacy generator
     if torch := sys.modules.get("torch"):
         torch.manual_seed(SEED)
-        torch.set_num_threads(min(THREADS, os.cpu_count() or 1))
+        # A machine that is busy is better served by one: threads that wait for each other crawl.
+        allowed = int(os.environ.get("OMP_NUM_THREADS") or THREADS)
+        torch.set_num_threads(min(THREADS, allowed, os.cpu_count() or 1))
 
 
 @pytest.fixture(scope="session")
