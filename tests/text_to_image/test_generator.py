@@ -224,9 +224,21 @@ def test_steps_are_yielded_with_previews(generator: ImageGenerator) -> None:
     # The network knows the picture from the first step on, and so does the preview.
     assert np.asarray(preview, float).mean((0, 1)) == pytest.approx([0, 255, 0], abs=8)
     finished = generator.generate("green", seed=2, num_inference_steps=4, sampler="euler")
+    assert steps[1].result().image.getpixel((0, 0)) == finished.image.getpixel((0, 0))
     assert steps[-1].result().image.tobytes() == finished.image.tobytes()
     assert generator.decode(steps[-1].latents)[0].tobytes() == finished.image.tobytes()
     assert steps[0].seeds == (2,) and steps[0].prompts == ("green",)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "pndm"])
+def test_the_last_step_is_the_finished_picture(sampler: str) -> None:
+    """DDIM ends short of no noise at all, and the picture is what its latents are then."""
+    generator = noisy()
+    *_, last = generator.denoising_steps("red", seed=2, sampler=sampler, num_inference_steps=3)
+    finished = generator.generate("red", seed=2, sampler=sampler, num_inference_steps=3)
+    assert last.is_last
+    assert last.result().image.tobytes() == finished.image.tobytes()
+    assert generator.decode(last.latents)[0].tobytes() == finished.image.tobytes()
 
 
 def test_stopping_stops_the_work(generator: ImageGenerator) -> None:

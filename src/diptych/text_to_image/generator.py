@@ -451,12 +451,14 @@ class ImageGenerator:
 
     def _denoise(self, batch: Batch) -> Iterator[DenoisingStep]:
         steps, orders = batch.steps, tuple(row.order for row in batch.rows)
+        total = len(steps.timesteps)
         for step in batch.run():
+            is_last = step.index == total - 1
             yield DenoisingStep(
                 index=step.index,
-                total=len(steps.timesteps),
+                total=total,
                 sigma=steps.sigmas[step.index + 1],
-                latents=step.latents,
+                latents=step.latents * steps.final_scale if is_last else step.latents,
                 denoised=step.denoised,
                 orders=orders,
                 _show=self._show,

@@ -26,9 +26,9 @@ _KNOTS = 6
 class DenoisingStep:
     """Hold one step of `total`, done for one or more pictures at once.
 
-    `latents` [B, C, h, w] are the pictures with noise of standard deviation `sigma`; `denoised` is
-    what the network takes the pictures without noise for. Both stay where the runtime keeps them;
-    `generator.decode` turns them into pictures.
+    `latents` [B, C, h, w] are the pictures with noise of standard deviation `sigma`, those of the
+    last step finished; `denoised` is what the network takes the pictures for. Both stay where the
+    runtime keeps them; `generator.decode` turns them into pictures.
     """
 
     index: int
@@ -65,7 +65,7 @@ class DenoisingStep:
 
     def result(self, row: int = 0) -> GeneratedImage:
         """Decode the picture as the network sees it now; at the last step, the finished one."""
-        return self._finish(self.denoised, row)
+        return self._finish(self.latents if self.is_last else self.denoised, row)
 
 
 def latent_to_rgb(latents: Floats, latent_rgb: Floats) -> list[Image.Image]:
