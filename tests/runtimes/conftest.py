@@ -94,6 +94,18 @@ def make_pictures(count: int, seed: int = 0) -> np.ndarray:
     return coarse.repeat(8, axis=2).repeat(8, axis=3).astype(np.float32)
 
 
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run on one core: with networks this small, threads wait for each other more than they work.
+
+    After the fixture that seeds, which gives torch two.
+    """
+    from diptych.runtimes import on_onnxruntime
+
+    monkeypatch.setattr(on_onnxruntime, "available_cores", lambda: 1)
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def module() -> Callable[..., VisionEncoderDecoder]:
     """Return a builder: `module(variant, seed)` → a random captioner in evaluation mode."""

@@ -135,8 +135,8 @@ def test_an_artifact_says_what_the_checkpoint_says(
     assert {**before.defaults, **after.defaults} == after.defaults
     assert after.precision == "fp32" and not after.weights
     for name, files in before.tokenizers.items():
-        found, expected = after.tokenizers[name].open(), files.open()
-        assert found.encode("a red tulip, ☕") == expected.encode("a red tulip, ☕")
+        found = after.tokenizers[name]
+        assert found.path.read_bytes() == files.path.read_bytes()
     document = json.loads((folder / "artifact" / "artifact.json").read_text())
     assert (document["format"], document["task"]) == ("diptych-artifact", "text-to-image")
 
@@ -262,6 +262,8 @@ sys.meta_path.insert(0, Refuse())
 from diptych.runtimes.network import open_generator_networks
 from diptych.runtimes.picture_agreement import draw, sketch_for
 from diptych.weights.diffusion import resolve_generator
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 model = resolve_generator({str(made(family) / "artifact")!r})
 networks = open_generator_networks(model)
 pictures = draw(networks, model.configs, model.schedule, sketch_for(model.configs, steps=2))

@@ -21,6 +21,8 @@ from diptych.runtimes.network import GENERATOR_NETWORKS, OpenNetworks, unet_inpu
 from diptych.runtimes.on_onnxruntime import open_generator_files
 from diptych.runtimes.on_torch_generator import generator_networks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXTS: dict[str, dict[str, Any]] = {
     "first end token": {},
     "legacy end token": {"eos_token_id": 2, "hidden_act": "gelu"},

@@ -17,6 +17,8 @@ from diptych.models.vae import Vae, VaeConfig
 from diptych.runtimes import on_torch_generator
 from diptych.runtimes.on_torch_generator import generator_networks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WARNING = "the VAE overflows in float16: it runs in float32 from here on"
 
 

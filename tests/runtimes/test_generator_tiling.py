@@ -15,6 +15,8 @@ from diptych.models.vae import Vae, VaeConfig
 from diptych.runtimes.on_torch_generator import generator_networks
 from diptych.runtimes.tiling import InPieces, Tiling, decode_latents, encode_pixels
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TILES = Tiling(tile=64, overlap=16, always=True)
 
 
