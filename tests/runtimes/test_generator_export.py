@@ -32,6 +32,8 @@ from diptych.weights.generator_files import TokenizerFiles
 from diptych.weights.save_generator import describe_configs, save_generator
 from diptych.weights.tokenizer_files import CLIP_MERGES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAMILIES = ("diptych", "sdxl")
 
 
@@ -263,7 +265,6 @@ from diptych.runtimes.network import open_generator_networks
 from diptych.runtimes.picture_agreement import draw, sketch_for
 from diptych.weights.diffusion import resolve_generator
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 model = resolve_generator({str(made(family) / "artifact")!r})
 networks = open_generator_networks(model)
 pictures = draw(networks, model.configs, model.schedule, sketch_for(model.configs, steps=2))
