@@ -255,8 +255,12 @@ def batch(
         texts = data[name].input_ids[index]
         dropped = rng.random() < settings["caption_dropout"]
         input_ids.append(empty if dropped else texts[rng.integers(len(texts))])
-    # One timestep from each of B equal parts: the mean over a batch is much steadier.
-    timesteps = (rng.permutation(size) + rng.random(size)) * (1000 / size)
+    # One timestep from each of B equal parts: the mean over a batch is much steadier. Most are of
+    # the middle, where it is decided what is where.
+    parts = (rng.permutation(size) + rng.random(size)) / size
+    low, high, share = settings["middle"]
+    edge = (1 - share) / 2
+    timesteps = np.interp(parts, [0, edge, 1 - edge, 1], [0, low, high, 1000])
     stacked = torch.stack(latents)
     noise = torch.from_numpy(rng.standard_normal(tuple(stacked.shape), np.float32))
     return stacked, torch.stack(input_ids), torch.from_numpy(timesteps).long().clamp(max=999), noise
