@@ -236,7 +236,7 @@ def is_complete(snapshot: Path, task: str) -> bool:
 
 _LICENCES = {
     CAPTIONS: "apache-2.0, trained on research-only photos",
-    PICTURES: "apache-2.0",
+    PICTURES: "apache-2.0, trained on Apache-2.0, CC BY and own pictures",
 }
 _RECIPES = {CAPTIONS: "recipes/default_captioner", PICTURES: "recipes/default_generator"}
 
