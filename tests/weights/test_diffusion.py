@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from diptych.errors import BadInput, DiptychError, UnknownModel, UnsupportedModel, WeightsMismatch
 from diptych.text_to_image.schedules import ScheduleConfig
 from diptych.weights.diffusion import describe_generator
+from diptych.weights.files import verify
 from diptych.weights.load_generator import load_generator
 from ldm_files import single_file, write_single_file
 from tiny_pipelines import FAMILIES, Family, make_pipeline, write_json
@@ -485,8 +487,8 @@ def test_folder_that_does_not_fit(folder: Path, tmp_path: Path) -> None:
         ("unet", {"_class_name": "UNet3DConditionModel"}, "it is a 'UNet3DConditionModel'"),
         ("unet", {"class_embed_type": "timestep"}, "class_embed_type is 'timestep'"),
         ("unet", {"block_out_channels": [33, 32, 32, 64]}, "33 channels do not divide"),
-        ("unet", {"block_out_channels": "x"}, "block_out_channels"),
-        ("unet", {"block_out_channels": [1 << 30]}, "down_block_types"),
+        ("unet", {"block_out_channels": "x"}, "block_out_channels is 'x'"),
+        ("unet", {"block_out_channels": [1 << 30]}, "not a list of 1"),
         ("unet", {"cross_attention_dim": 31}, "text encoders give"),
         ("unet", {"layers_per_block": [1, 2, 1, 1]}, "layers_per_block"),
         ("unet", {"in_channels": -4}, "in_channels is -4"),
@@ -562,3 +564,72 @@ def test_places_without_a_generator(tmp_path: Path) -> None:
         describe_generator(tmp_path, prediction_type="x")
     with pytest.raises(BadInput, match="variant is"):
         describe_generator(tmp_path, variant="../x")
+
+
+# Artifacts.
+
+
+@pytest.fixture
+def artifact(pipelines: dict[Any, Any], tmp_path: Path) -> Path:
+    model = describe_generator(pipelines["sd1"][0])
+    target = tmp_path / "artifact"
+    shutil.copytree(model.path / "tokenizer", target / "tokenizer")
+    networks = {}
+    for name in ("text_encoder", "unet", "vae_encoder", "vae_decoder"):
+        (target / f"{name}.onnx").write_bytes(name.encode())
+        digest = hashlib.sha256(name.encode()).hexdigest()
+        networks[name] = {"file": f"{name}.onnx", "sha256": digest}
+    document = {
+        "format": "diptych-artifact",
+        "version": 1,
+        "task": "text-to-image",
+        "precision": "fp16",
+        "family": "diptych",
+        "configs": model.configs,
+        "schedule": model.schedule,
+        "defaults": {"num_inference_steps": 12},
+        "networks": networks,
+    }
+    (target / "artifact.json").write_text(json.dumps(document))
+    return target
+
+
+def test_artifact(artifact: Path, pipelines: dict[Any, Any]) -> None:
+    model, source = describe_generator(artifact), describe_generator(pipelines["sd1"][0])
+    assert (model.family, model.precision, model.weights) == ("diptych", "fp16", {})
+    assert (model.configs, model.schedule) == (source.configs, source.schedule)
+    assert model.defaults == {"width": 64, "height": 64, "num_inference_steps": 12}
+    assert set(model.networks) == {"text_encoder", "unet", "vae_encoder", "vae_decoder"}
+    verify(model)
+    (artifact / "unet.onnx").write_bytes(b"another")
+    with pytest.raises(WeightsMismatch, match=r"unet\.onnx is not the file"):
+        verify(model)
+    with pytest.raises(WeightsMismatch, match="has no PyTorch weights"):
+        load_generator(model)
+
+
+def test_artifact_with_a_checkpoint(artifact: Path, pipelines: dict[Any, Any]) -> None:
+    source = pipelines["sd1"][0]
+    for part in ("unet", "vae", "text_encoder"):
+        shutil.copytree(source / part, artifact / part)
+    model = describe_generator(artifact)
+    assert model.networks
+    assert_same_weights(load_generator(model), load_generator(describe_generator(source)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"version": 2}, "is of version 2"),
+        ({"task": "image-to-text"}, "is for 'image-to-text', not text-to-image"),
+        ({"configs": {}}, "does not describe a text encoder"),
+        ({"networks": {}}, "does not name"),
+        ({"schedule": {"sampler": "x"}}, "sampler is 'x'"),
+        ({"family": "sd9"}, "of the family 'sd9'"),
+        ({"precision": None}, "states no precision"),
+    ],
+)
+def test_artifact_that_is_not_read(artifact: Path, changes: dict[str, Any], told: str) -> None:
+    write_json(artifact / "artifact.json", **changes)
+    with pytest.raises(UnsupportedModel, match=told):
+        describe_generator(artifact)

@@ -147,7 +147,9 @@ def read_config(document: Mapping[str, Any]) -> dict[str, Any]:
     given = {word: value for word, value in document.items() if value is not None}
     theirs = {**_THEIRS, **given}
     levels = theirs["block_out_channels"]
-    count = len(levels) if isinstance(levels, list | tuple) else 0
+    if not isinstance(levels, list | tuple):
+        raise UnsupportedModel(f"unet: block_out_channels is {_shown(levels)}, not a list")
+    count = len(levels)
     up = tuple(reversed(_kinds("up_block_types", theirs["up_block_types"], _UP, count)))
     down = _kinds("down_block_types", theirs["down_block_types"], _DOWN, count)
     depth = theirs["transformer_layers_per_block"]
