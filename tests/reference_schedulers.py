@@ -32,7 +32,8 @@ SCHEDULERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "unipc": ("unipc_multistep", "UniPCMultistepScheduler", {}),
     "lms": ("lms_discrete", "LMSDiscreteScheduler", {}),
     "lcm": ("lcm", "LCMScheduler", {"clip_sample": False}),
-    "pndm": ("pndm", "PNDMScheduler", {}),
+    # As every published file says; without, it would begin with Runge-Kutta steps.
+    "pndm": ("pndm", "PNDMScheduler", {"skip_prk_steps": True}),
     "turbo": (
         "euler_ancestral_discrete",
         "EulerAncestralDiscreteScheduler",

@@ -68,10 +68,8 @@ REFERENCES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 HAVE_SCHEDULES = {"euler", "heun", "lms", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "unipc"}
 HAVE_ZERO_SNR = {"ddim", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm"}
-# diffusers has no such branch, or (PNDM) averages velocities where we average noise.
-LACKING = {("euler_a", "sample"), ("dpmpp_sde", "sample"), ("pndm", "sample")} | {
-    ("pndm", "v_prediction")
-}
+# diffusers has no such branch.
+LACKING = {("euler_a", "sample"), ("dpmpp_sde", "sample"), ("pndm", "sample")}
 
 
 # The reference --------------------------------------------------------------------------------

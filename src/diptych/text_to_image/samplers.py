@@ -198,23 +198,44 @@ _ADAMS = (
 
 
 def pndm(
-    denoise: Denoise, latents: Array, sigmas: Sequence[float], noise: NoiseSource
+    denoise: Denoise,
+    latents: Array,
+    sigmas: Sequence[float],
+    noise: NoiseSource,
+    *,
+    averages_velocity: bool = False,
 ) -> Iterator[Step]:
     """PLMS (Liu et al. 2022): Adams-Bashforth on the noise, N + 1 calls.
 
     The first step is Heun's; the slope at its end is not kept, the network is asked there again.
+    `averages_velocity` averages what a v-predicting network says, as the reference does.
     """
-    slopes: list[Array] = []
+    said: list[Array] = []
     for index, (sigma, target) in enumerate(pairwise(sigmas)):
         denoised = denoise(latents, sigma)
-        slopes = [(latents - denoised) / sigma, *slopes[:3]]
-        slope = _weighted(slopes, _ADAMS[len(slopes) - 1])
+        said = [_said(latents, denoised, sigma, averages_velocity), *said[:3]]
+        mean = _weighted(said, _ADAMS[len(said) - 1])
+        slope = _slope(mean, latents, sigma, averages_velocity)
         if index == 0 and len(sigmas) > 2:
             arrived = latents + slope * (target - sigma)
             denoised = denoise(arrived, target)
-            slope = (slope + (arrived - denoised) / target) / 2
+            mean = (mean + _said(arrived, denoised, target, averages_velocity)) / 2
+            slope = _slope(mean, latents, sigma, averages_velocity)
         latents = latents + slope * (target - sigma)
         yield Step(index, latents, denoised)
+
+
+def _said(latents: Array, denoised: Array, sigma: float, is_velocity: bool) -> Array:
+    """Return the noise or the velocity behind a prediction."""
+    if not is_velocity:
+        return (latents - denoised) / sigma
+    return (latents - denoised * (sigma**2 + 1)) / (sigma * math.hypot(sigma, 1))
+
+
+def _slope(said: Array, latents: Array, sigma: float, is_velocity: bool) -> Array:
+    if not is_velocity:
+        return said
+    return said / math.hypot(sigma, 1) + latents * (sigma / (sigma**2 + 1))
 
 
 def dpmpp_2m(

@@ -176,6 +176,8 @@ class NoiseSchedule:
             steps = self._solver_steps(sampler, num_inference_steps, schedule, spacing)
         else:
             steps = self._sigma_steps(sampler, num_inference_steps, schedule, spacing)
+        if sampler == "pndm" and self.config.prediction_type == "v_prediction":
+            steps = replace(steps, settings={**steps.settings, "averages_velocity": True})
         return replace(
             steps, log_sigmas=self._log_sigmas, timestep_scaling=self.config.timestep_scaling
         )
