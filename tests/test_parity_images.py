@@ -256,6 +256,18 @@ def test_another_noise_is_another_picture(folder: Callable[[str], Path]) -> None
     assert psnr(one.image, other_words.image) < 40
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_picture_is_the_same_in_any_batch(folder: Callable[[str], Path], family: str) -> None:
+    """Alone on one row or between others: matrices of another shape add up in other orders."""
+    ours = load(folder(family))
+    words = {"width": WIDTH, "height": HEIGHT, "num_inference_steps": 4, "sampler": "euler_a"}
+    prompts = [PROMPT, "x", "y " * 90]  # the last takes two chunks
+    alone = [ours.generate(each, seed=7 + place, **words) for place, each in enumerate(prompts)]
+    together = ours.generate(prompts, seed=7, batch_size=3, **words)
+    for one, other in zip(alone, together, strict=True):
+        assert psnr(one.image, other.image) >= 45
+
+
 # Full size --------------------------------------------------------------------------------------
 
 
