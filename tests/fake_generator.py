@@ -85,7 +85,7 @@ def make_generator(**changes: Any) -> ImageGenerator:
         revision=None,
         family="sd1",
         configs={
-            "text_encoder": {},
+            "text_encoder": {"num_hidden_layers": 12, "output_layer": -1},
             "unet": {"sample_size": SIDE // DOWN, "in_channels": 4, **changes.get("unet", {})},
             "vae": {"block_out_channels": (1, 1, 1, 1), "scaling_factor": 1.0},
         },

@@ -41,6 +41,8 @@ LEAVES = {
     "text": {"errors"},
     "remote_images": {"errors"},
     "images": {"errors", "remote_images"},
+    "canvas": set(),
+    "masks": {"errors", "images"},
     "inputs": {"errors"},
     "option_fields": {"errors"},
 }

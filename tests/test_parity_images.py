@@ -101,8 +101,7 @@ def check_text(theirs: Any, ours: ImageGenerator) -> None:
         )
         assert pair.negative is not None
         close(pair.positive.encoder_hidden_states, expected[0])
-        if not clip_skip:  # diffusers skips for the prompt only; we do as everybody else
-            close(pair.negative.encoder_hidden_states, expected[1])
+        close(pair.negative.encoder_hidden_states, expected[1])
         if len(expected) == 4:
             close(pair.positive.pooled, expected[2])
             close(pair.negative.pooled, expected[3])

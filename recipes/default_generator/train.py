@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from diptych.models.clip_text import ClipText, ClipTextConfig
 from diptych.models.unet import UNet, UNetConfig
 from diptych.text_to_image.schedules import NoiseSchedule, ScheduleConfig
+from diptych.training.muon import Muon
 from diptych.training.parallel import Workers
 from diptych.training.state import (
     Average,
     Log,
-    decayed,
     learning_rate,
     load_state,
     read_average,
@@ -74,11 +74,11 @@ def main() -> None:
     encode_all(config, device, workers)
     module = build(config).to(device)
     average = Average(module, settings["ema_decay"])
-    optimizer = torch.optim.AdamW(
-        decayed(module.named_parameters(), settings["weight_decay"]),
-        lr=settings["learning_rate"],
-        betas=(0.9, 0.99),
-        fused=True,
+    optimizer = Muon(
+        module.named_parameters(),
+        settings["learning_rate"],
+        weight_decay=settings["weight_decay"],
+        workers=workers,
     )
     state, log, first = output / "train.safetensors", Log(output / "train.jsonl"), 0
     if state.exists():

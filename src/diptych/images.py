@@ -46,7 +46,7 @@ logger = logging.getLogger("diptych")
 ImageInput: TypeAlias = (
     str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[Any]  # one picture
 )
-Alpha: TypeAlias = Literal["white", "drop"]
+Alpha: TypeAlias = Literal["white", "drop", "keep"]
 
 # Decoders that run in this process, on memory we hold, and that people meet. Never EPS, WMF, PDF or
 # the FITS, HDF5, GRIB and BUFR stubs: they start other programs, draw through the system or call
@@ -93,17 +93,18 @@ def open_image(
     limits: ImageLimits = _DEFAULT_LIMITS,
     allow_urls: bool = False,
 ) -> Image.Image:
-    """Open one picture, upright and in mode RGB.
+    """Open one picture, upright and in mode RGB (with `alpha="keep"` also RGBA or I;16).
 
     `source` is a path, encoded bytes, a binary file, a `data:` or http(s) URL, a PIL image, or an
     array: H W, H W C or C H W with 1, 3 or 4 channels; uint8, uint16, bool, or floats in 0..1.
     `alpha="white"` lays transparent pictures on white; `"drop"` forgets the transparency as
     transformers does, and is bit-identical to it in all 8-bit modes. Deeper greys are scaled to
-    0..255 either way, where Pillow would clip them. Files show their first frame.
+    0..255 either way, where Pillow would clip them. `"keep"` keeps every pixel as it is:
+    transparent ones in RGBA, 16-bit greys in I;16. Files show their first frame.
     Raises `BadImage` for whatever cannot be read, `BadInput` for an unknown `alpha`.
     """
-    if alpha not in ("white", "drop"):
-        raise BadInput(f"alpha must be 'white' or 'drop', not {alpha!r}")
+    if alpha not in ("white", "drop", "keep"):
+        raise BadInput(f"alpha must be 'white', 'drop' or 'keep', not {alpha!r}")
     if isinstance(source, Image.Image):
         name = str(getattr(source, "filename", "") or "<image>")
         with _translated(name):
@@ -440,11 +441,20 @@ _UPRIGHT = {
 def _to_rgb(image: Image.Image, alpha: Alpha) -> Image.Image:
     """Decode, turn upright and convert; gives a new image that carries pixels and nothing else."""
     image.load()
-    rgb = _converted(_turned(image), alpha)
+    rgb = (_kept if alpha == "keep" else _converted)(_turned(image), alpha)
     # A copy lets go of the file's bytes and of the decoder, and leaves the caller's image alone.
     rgb = rgb.copy() if rgb is image else rgb
     rgb.info = {}
     return rgb
+
+
+def _kept(image: Image.Image, alpha: Alpha) -> Image.Image:
+    values = np.asarray(image) if image.mode == "I" or image.mode.startswith("I;16") else None
+    if values is not None and (values.dtype.itemsize == 2 or image.format in ("PNG", "PPM")):
+        return Image.fromarray(values.astype(np.uint16))
+    if not _has_alpha(image):
+        return _converted(image, "drop")
+    return image if image.mode == "RGBA" else _straight(image).convert("RGBA")
 
 
 def _converted(image: Image.Image, alpha: Alpha) -> Image.Image:

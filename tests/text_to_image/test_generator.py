@@ -336,3 +336,17 @@ def test_the_model_prefers_and_the_caller_decides() -> None:
     picture = generator.generate("red", GenerateOptions(height=16), sampler="heun")
     assert picture.image.size == (40, 16)
     assert picture.options.sampler == "heun" and picture.options.guidance_scale == 2.5
+
+
+def test_no_more_layers_are_left_out_than_there_are() -> None:
+    """Counted from the end, a thirteenth of twelve would be the last one again."""
+    generator = make_generator()
+    generator.generate("red", clip_skip=12)
+    with pytest.raises(BadInput, match="clip_skip is 13: give 0 to 12"):
+        generator.generate("red", clip_skip=13)
+    penultimate = {**generator.model.configs["text_encoder"], "output_layer": -2}
+    object.__setattr__(
+        generator.model, "configs", {**generator.model.configs, "text_encoder_2": penultimate}
+    )
+    with pytest.raises(BadInput, match="clip_skip is 12: give 0 to 11"):
+        generator.generate("red", clip_skip=12)

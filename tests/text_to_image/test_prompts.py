@@ -285,8 +285,8 @@ def test_plain_prompts_are_encoded_as_by_one_direct_call(towers: Any, clip_skip:
     for pair, prompt, negative in zip(
         pairs, [*prompts[:3], "a cat"], ["", "", "ugly", ""], strict=True
     ):
-        for made, text in ((pair.positive, prompt), (pair.negative, negative)):
-            states, pooled = towers["one"]([TOKENIZER.encode(text)], clip_skip)
+        for made, text, skip in ((pair.positive, prompt, clip_skip), (pair.negative, negative, 0)):
+            states, pooled = towers["one"]([TOKENIZER.encode(text)], skip)
             assert made is not None
             assert np.array_equal(made.encoder_hidden_states, states)
             assert np.array_equal(made.pooled, pooled)

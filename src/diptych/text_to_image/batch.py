@@ -25,16 +25,23 @@ _CHECK_EVERY = 8  # steps; on a GPU looking at the numbers means waiting for the
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """Hold one picture of a batch: its place, its order, and what the UNet is told."""
+    """Hold one picture of a batch: its place, its order, and what the UNet is told.
+
+    `image_latents` `1 C h w` are those of the picture it is made from. `mask` `1 1 h w` says where
+    to repaint; a 9-channel network is told it, and `masked_latents`.
+    """
 
     place: int
     order: Order
     positive: Conditioning
     negative: Conditioning | None
+    image_latents: NDArray[np.float32] | None = None
+    mask: NDArray[np.float32] | None = None
+    masked_latents: NDArray[np.float32] | None = None
 
 
 class Batch:
-    """Run the sampler over some pictures at once.
+    """Run the sampler over some pictures at once, from `start` [B, C, h, w].
 
     `broken` tells, by row, after which step a picture held numbers that are not finite.
     """
@@ -45,28 +52,31 @@ class Batch:
         steps: Steps,
         denoise: Denoise,
         networks: OpenNetworks,
-        shape: tuple[int, int, int],
+        start: Array,
+        noise: NoiseSource,
     ) -> None:
         self.rows, self.steps = rows, steps
-        self._denoise, self._networks, self._shape = denoise, networks, shape
+        self._denoise, self._networks, self._noise = denoise, networks, noise
         self.broken: dict[int, int] = {}
         self._unseen: list[tuple[int, Array]] = []
-        self.latents: Array = None
+        self.latents = start
 
     def run(self) -> Iterator[Step]:
         """Yield the steps; stop where no picture is left whole."""
-        orders = [row.order for row in self.rows]
-        noise = NoiseSource([order.seed for order in orders], orders[0].options.noise_source)
-        given = [order.noise for order in orders if order.noise is not None]
-        start = np.stack(given) if given else noise.draw(self._shape)
-        start = (start * self.steps.initial_scale).astype(np.float32)
         total = len(self.steps.timesteps)
-        for step in _quietly(sample(self.steps, self._denoise, self._networks.array(start), noise)):
+        if total == 0:
+            return
+        for step in _quietly(sample(self.steps, self._denoise, self.latents, self._noise)):
             self.latents = step.latents
             self._watch(step, is_last=step.index == total - 1)
             if len(self.broken) == len(self.rows):
                 return
             yield step
+
+    @property
+    def finished(self) -> Array:
+        """Return the latents [B, C, h, w] that the last step left, at the scale of pictures."""
+        return self.latents * self.steps.final_scale if self.steps.timesteps else self.latents
 
     def error(self, row: int) -> DiptychError | None:
         """Return what befell a picture, None if it is whole."""
@@ -108,12 +118,13 @@ def _quietly(steps: Iterator[Step]) -> Iterator[Step]:
 
 
 def alike(rows: Sequence[Row]) -> list[list[Row]]:
-    """Group the rows that can be stacked: those whose prompts take as many tokens."""
-    groups: dict[tuple[int, ...], list[Row]] = {}
+    """Group the rows that can be stacked: prompts of as many tokens, pictures of one size."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         told = [each for each in (row.positive, row.negative) if each is not None]
         lengths = tuple(each["encoder_hidden_states"].shape[1] for each in told)
-        groups.setdefault(lengths, []).append(row)
+        size = row.order.options.width, row.order.options.height
+        groups.setdefault((lengths, size), []).append(row)
     return list(groups.values())
 
 

@@ -5,43 +5,48 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, cast, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from diptych.errors import BadInput, DiptychError, UnsupportedModel
+from diptych.errors import BadInput
+from diptych.images import ImageInput
 from diptych.runtimes.network import Array, OpenNetworks, open_generator_networks, require_torch
 from diptych.text import ClipTokenizer
-from diptych.text_to_image.batch import Batch, Conditioning, Row, alike, stacked
-from diptych.text_to_image.denoiser import build_denoiser, guidance_embedding
+from diptych.text_to_image.adapters import Adapters
+from diptych.text_to_image.autoencoder import Autoencoder
+from diptych.text_to_image.editing import (
+    Native,
+    image_subjects,
+    inpaint_subjects,
+    is_one_picture,
+    spread,
+)
 from diptych.text_to_image.generated_image import GeneratedImage
-from diptych.text_to_image.options import GenerateOptions, size_notes
-from diptych.text_to_image.orders import Order, as_noise, is_single, take_orders
-from diptych.text_to_image.previews import DenoisingStep, fit_latent_rgb, latent_to_rgb
-from diptych.text_to_image.prompts import PromptPair, encode_prompts
-from diptych.text_to_image.schedules import NoiseSchedule, ScheduleConfig, Steps
+from diptych.text_to_image.options import (
+    GenerateOptions,
+    ImageToImageOptions,
+    InpaintOptions,
+    size_notes,
+)
+from diptych.text_to_image.orders import Subject, as_noise, is_single, take_orders
+from diptych.text_to_image.painter import Call, Event, OnError, Painter
+from diptych.text_to_image.previews import DenoisingStep
+from diptych.text_to_image.schedules import NoiseSchedule, ScheduleConfig
 from diptych.weights.diffusion import GeneratorFolder, resolve_generator
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from diptych.weights.adapters import EmbeddingHandle, LoraHandle
+    from diptych.weights.adapters import LoraHandle
 
 __all__ = ["GeneratedImage", "ImageGenerator", "OnError", "generate"]
 
 logger = logging.getLogger("diptych")
 
-OnError = Literal["keep", "raise"]
-
-# Latent pixels that are worked on at once where the caller does not say how many pictures.
-_LATENT_PIXELS = {"cpu": 64 * 64, "gpu": 4 * 64 * 64}
-_MOST_AT_ONCE = 8
-_TAKE_ETA = ("ddim", "dpmpp_2m", "dpmpp_2m_sde")
+Options = TypeVar("Options", bound=GenerateOptions)
+Images = ImageInput | Sequence[ImageInput] | Iterator[ImageInput]
 
 
 class ImageGenerator:
@@ -54,19 +59,12 @@ class ImageGenerator:
         model: GeneratorFolder,
     ) -> None:
         self.networks = networks
-        self.tokenizers = dict(tokenizers)
         self.model = model
         self.schedule = NoiseSchedule(ScheduleConfig(**model.schedule))
-        vae = model.configs["vae"]
-        self.downsampling = vae.get("patch_size", 1) * 2 ** (len(vae["block_out_channels"]) - 1)
-        self.latent_channels = int(vae.get("latent_channels", 4))
-        self._scaling_factor = float(vae.get("scaling_factor", 0.18215))
-        self._shift_factor = float(vae.get("shift_factor", 0.0))
-        self._latent_rgb: NDArray[np.floating] | None = None
-        self._plain_tokenizers = dict(tokenizers)
-        self._loras: list[LoraHandle] = []
-        self._learned: dict[str, EmbeddingHandle] = {}
-        self._last_words: tuple[tuple[object, ...], PromptPair] | None = None
+        latent_rgb = model.defaults.get("latent_rgb")
+        self._autoencoder = Autoencoder(networks, model.configs["vae"], model.name, latent_rgb)
+        self._adapters = Adapters(networks, tokenizers, model.name)
+        self._painter = Painter(networks, model, self.schedule, self._autoencoder, self._adapters)
 
     @classmethod
     def load(
@@ -113,6 +111,21 @@ class ImageGenerator:
         )
         tokenizers = {name: files.open() for name, files in model.tokenizers.items()}
         return cls(networks, tokenizers, model)
+
+    @property
+    def tokenizers(self) -> Mapping[str, ClipTokenizer]:
+        """Return the tokenizers, which know the learned words that are loaded."""
+        return self._adapters.tokenizers
+
+    @property
+    def downsampling(self) -> int:
+        """Return how many pixels a latent stands for, each way."""
+        return self._autoencoder.downsampling
+
+    @property
+    def latent_channels(self) -> int:
+        """Return how many channels the latents have."""
+        return self._autoencoder.latent_channels
 
     @property
     def options(self) -> GenerateOptions:
@@ -168,29 +181,95 @@ class ImageGenerator:
         and the others go on, unless `on_error="raise"`; a single prompt raises.
         """
         single = is_single(prompt)
-        if on_error not in ("keep", "raise"):
-            raise BadInput(f"on_error is {on_error!r}: give 'keep' or 'raise'")
         if num_images_per_prompt is not None:
             overrides["num_images_per_prompt"] = num_images_per_prompt
-        made = list(
-            self.images(
-                [cast("str", prompt)] if single else prompt,
-                options,
-                negative_prompt=negative_prompt,
-                latents=latents,
-                batch_size=batch_size,
-                on_error="raise" if single else on_error,
-                **overrides,
-            )
+        call = self._call(
+            [cast("str", prompt)] if single else prompt,
+            options,
+            negative_prompt=negative_prompt,
+            latents=latents,
+            batch_size=batch_size,
+            on_error="raise" if single and on_error == "keep" else on_error,
+            **overrides,
         )
+        return self._made(call, single, "prompts")
+
+    def image_to_image(
+        self,
+        image: Images,
+        prompt: str | Sequence[str] = "",
+        options: GenerateOptions | None = None,
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        latents: Array | None = None,
+        batch_size: int | None = None,
+        on_error: OnError = "keep",
+        **overrides: Any,
+    ) -> GeneratedImage | list[GeneratedImage]:
+        """Make a picture out of another, led by words: one for one, a list for a list.
+
+        `image` is whatever `images.open_image` reads, or a list of it; `overrides` are words of
+        `ImageToImageOptions`. `strength` 0 gives the picture as the autoencoder knows it, 1 one
+        that owes it nothing: the one `generate` makes. It takes the last int(steps · strength)
+        steps, as diffusers does. `latents` [pictures, C, h, w] are the noise that is added.
+        Otherwise as `generate`.
+        """
+        single = is_one_picture(image) and is_single(prompt)
+        call = self._image_call(
+            *(image, prompt, options),
+            negative_prompt=negative_prompt,
+            latents=latents,
+            batch_size=batch_size,
+            on_error="raise" if single and on_error == "keep" else on_error,
+            **overrides,
+        )
+        return self._made(call, single, "pictures")
+
+    def inpaint(
+        self,
+        image: Images,
+        mask_image: Images | None = None,
+        prompt: str | Sequence[str] = "",
+        options: GenerateOptions | None = None,
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        latents: Array | None = None,
+        batch_size: int | None = None,
+        on_error: OnError = "keep",
+        **overrides: Any,
+    ) -> GeneratedImage | list[GeneratedImage]:
+        """Repaint the part of a picture where the mask is white; the rest comes back bit for bit.
+
+        `mask_image` is one mask for all pictures or one for each; it may be left out with `extend`,
+        which enlarges the picture. `overrides` are words of `InpaintOptions`. Networks of 9
+        channels see the mask; with others the picture is put back around it at every step.
+        `latents` [pictures, C, h, w] are the noise to start from. Otherwise as `generate`.
+        """
+        single = is_one_picture(image) and is_single(prompt)
+        call = self._image_call(
+            *(image, prompt, options),
+            mask_image=mask_image,
+            is_inpainting=True,
+            negative_prompt=negative_prompt,
+            latents=latents,
+            batch_size=batch_size,
+            on_error="raise" if single and on_error == "keep" else on_error,
+            **overrides,
+        )
+        return self._made(call, single, "pictures")
+
+    def _made(self, call: Call, single: bool, noun: str) -> GeneratedImage | list[GeneratedImage]:
+        events = self._painter.paint(call)
+        made = [event for event in events if isinstance(event, GeneratedImage)]
         if not made:
-            raise BadInput("the list of prompts is empty: give at least one")
+            raise BadInput(f"the list of {noun} is empty: give at least one")
         return made[0] if single and len(made) == 1 else made
 
     def images(self, prompts: Iterable[str], *args: Any, **words: Any) -> Iterator[GeneratedImage]:
         """Yield the pictures of a list of prompts, each as soon as it is finished.
 
-        Arguments are those of `generate`; prompts are read as they are needed.
+        Arguments are those of `generate`; prompts are read as they are needed. With `image=` (and
+        `mask_image=`) they are made out of pictures, as `follow` tells.
         """
         events = self.follow(prompts, *args, **words)
         return (event for event in events if isinstance(event, GeneratedImage))
@@ -203,45 +282,28 @@ class ImageGenerator:
         Arguments are those of `generate`. `step.preview()` is a cheap picture of what is to come,
         `step.result()` the picture as it is now, which at the last step is the finished one.
         """
-        prompts = [cast("str", prompt)] if is_single(prompt) else prompt
-        events = self._follow(self._call(prompts, *args, **words), finish=False)
+        call = self._any_call(prompt, *args, **words)
+        events = self._painter.paint(call, finish=False)
         return (event for event in events if isinstance(event, DenoisingStep))
 
-    def follow(
-        self, prompts: Iterable[str], *args: Any, **words: Any
-    ) -> Iterator[DenoisingStep | GeneratedImage]:
+    def follow(self, prompts: str | Iterable[str], *args: Any, **words: Any) -> Iterator[Event]:
         """Yield every denoising step and, between them, every finished picture, as they come.
 
-        Arguments are those of `generate`.
+        Arguments are those of `generate`; with `image=` those of `image_to_image`, with
+        `mask_image=` or `extend=` those of `inpaint`.
         """
-        return self._follow(self._call(prompts, *args, **words))
+        return self._painter.paint(self._any_call(prompts, *args, **words))
 
     def decode(self, latents: Array) -> list[Image.Image]:
         """Return the pictures of latents [B, C, h, w], those of a step or of another program.
 
         Raises `DiptychError` where a picture would hold numbers that are not finite.
         """
-        if len(latents.shape) != 4 or latents.shape[1] != self.latent_channels:
-            raise BadInput(
-                f"latents have the shape {list(latents.shape)}: give "
-                f"[pictures, {self.latent_channels}, height, width]"
-            )
-        unscaled = self.networks.array(latents) if isinstance(latents, np.ndarray) else latents
-        unscaled = unscaled / self._scaling_factor + self._shift_factor
-        (decoded,) = self.networks["vae_decoder"](latents=unscaled)
-        pixels = self.networks.numpy(decoded)
-        if not np.isfinite(pixels).all():
-            raise DiptychError(
-                f"{self.model.name}: the decoded picture holds numbers that are not finite: the "
-                "latents or the weights of the autoencoder are damaged"
-            )
-        levels = (np.clip(pixels / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8)
-        return [Image.fromarray(picture) for picture in levels.transpose(0, 2, 3, 1)]
+        return self._autoencoder.decode(latents)
 
     def encode(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the scaled latents [B, C, h, w] of pixels [B, 3, H, W] in -1..1."""
-        mean, _ = self.networks["vae_encoder"](pixel_values=self.networks.array(pixel_values))
-        return (self.networks.numpy(mean) - self._shift_factor) * self._scaling_factor
+        return self._autoencoder.encode(pixel_values)
 
     def load_lora(self, path: str | Path, scale: float = 1.0, *, fused: bool = False) -> LoraHandle:
         """Put a LoRA file into the networks; several add up.
@@ -250,20 +312,11 @@ class ImageGenerator:
         the weights as they were are kept besides. Returns a handle with `set_scale`. Raises
         `WeightsMismatch` for a file of another family, `UnsupportedModel` outside of torch.
         """
-        from diptych.weights.adapters import apply_lora
-
-        handle = apply_lora(self._modules("a LoRA"), path, scale, fused)
-        self._loras.append(handle)
-        self._last_words = None
-        return handle
+        return self._adapters.load_lora(path, scale, fused=fused)
 
     def unload_lora(self, handle: LoraHandle | None = None) -> None:
         """Take one LoRA out, or all: the weights are again what they were, to the bit."""
-        for each in list(reversed(self._loras)):
-            if handle is None or each is handle:
-                each.remove()
-                self._loras.remove(each)
-        self._last_words = None
+        self._adapters.unload_lora(handle)
 
     def load_textual_inversion(self, path: str | Path, token: str | None = None) -> str:
         """Teach the text encoders a learned word, and return it: `token`, or the file's own.
@@ -271,43 +324,11 @@ class ImageGenerator:
         Raises `WeightsMismatch` for a file of another family, `BadInput` for a word that is known
         already, `UnsupportedModel` outside of torch.
         """
-        from diptych.weights.adapters import add_embedding
-
-        handle = add_embedding(self._modules("a learned word"), path, token)
-        try:
-            if handle.token in self._learned:
-                raise BadInput(f"{handle.token!r} is loaded already: give token= another name")
-            self._set_learned({**self._learned, handle.token: handle})
-        except DiptychError:
-            handle.remove()
-            raise
-        return handle.token
+        return self._adapters.learn(path, token)
 
     def unload_textual_inversion(self, token: str | None = None) -> None:
         """Forget one learned word, or all."""
-        if token is not None and token not in self._learned:
-            known = ", ".join(self._learned) or "none"
-            raise BadInput(f"{token!r} is no learned word that is loaded; there are: {known}")
-        forgotten = list(self._learned) if token is None else [token]
-        for each in reversed(forgotten):
-            self._learned[each].remove()
-        self._set_learned({t: h for t, h in self._learned.items() if t not in forgotten})
-
-    def _set_learned(self, learned: dict[str, EmbeddingHandle]) -> None:
-        tokenizers = dict(self._plain_tokenizers)
-        for name, tokenizer in self._plain_tokenizers.items():
-            encoder = name.replace("tokenizer", "text_encoder")
-            words = {token: handle.ids[encoder] for token, handle in learned.items()}
-            tokenizers[name] = tokenizer.with_placeholders(words)
-        self.tokenizers, self._learned, self._last_words = tokenizers, learned, None
-
-    def _modules(self, what: str) -> Mapping[str, nn.Module]:
-        if self.networks.modules is None:
-            raise UnsupportedModel(
-                f"{self.model.name} runs in {self.networks.runtime}, where {what} cannot be "
-                "loaded: load the generator with runtime='torch'"
-            )
-        return self.networks.modules
+        self._adapters.forget(token)
 
     def save(self, path: str | Path, *, layout: str = "diffusers") -> None:
         """Write the model so that others load it: a folder of diffusers, or with "ldm" one file.
@@ -330,7 +351,7 @@ class ImageGenerator:
 
         return export_model(self.model, folder, quantize=quantize)
 
-    # Hops of a picture ------------------------------------------------------------------------
+    # What a call asks for ---------------------------------------------------------------------
 
     @property
     def _defaults(self) -> dict[str, Any]:
@@ -339,6 +360,25 @@ class ImageGenerator:
         schedule = self.schedule.config
         known = {"sampler": schedule.sampler, "schedule": schedule.schedule}
         return {"width": side, "height": side, **known, **self.model.defaults}
+
+    def _any_call(self, prompts: str | Iterable[str], *args: Any, **words: Any) -> Call:
+        """Decide from the arguments what is asked for: words alone, a picture, or a part of one."""
+        if words.get("image") is None:
+            for word in ("image", "mask_image"):
+                if words.pop(word, None) is not None:
+                    raise BadInput(f"{word} is given without an image: give image= as well")
+            prompts = [cast("str", prompts)] if is_single(prompts) else prompts
+            return self._call(prompts, *args, **words)
+        image, mask_image = words.pop("image"), words.pop("mask_image", None)
+        options = args[0] if args else words.get("options")
+        is_inpainting = mask_image is not None or isinstance(options, InpaintOptions)
+        is_inpainting = is_inpainting or words.get("extend") is not None
+        return self._image_call(
+            *(image, cast("Any", prompts), *args),
+            mask_image=mask_image,
+            is_inpainting=is_inpainting,
+            **words,
+        )
 
     def _call(
         self,
@@ -350,24 +390,85 @@ class ImageGenerator:
         batch_size: int | None = None,
         on_error: OnError = "keep",
         **overrides: Any,
-    ) -> _Call:
+    ) -> Call:
         """Decide everything before any work is done."""
-        if on_error not in ("keep", "raise"):
-            raise BadInput(f"on_error is {on_error!r}: give 'keep' or 'raise'")
-        if not isinstance(options, GenerateOptions | None):
-            raise BadInput(
-                f"options is {options!r}: give GenerateOptions(…), or its words by keyword"
-            )
-        asked = (options or GenerateOptions()).replace(**overrides)
+        asked = self._asked(GenerateOptions, options, overrides)
         noise = None if latents is None else as_noise(latents, self.latent_channels)
         resolved = self._resolve(asked, noise)
-        at_once = self._at_once(resolved) if batch_size is None else batch_size
-        if isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 1:
-            raise BadInput(f"batch_size is {batch_size!r}: give a whole number of 1 or more")
-        self._steps(resolved)  # a combination that cannot be is told before any prompt is read
+        self._check(resolved, batch_size, on_error)
         notes = size_notes(asked, resolved)
-        orders = take_orders(prompts, resolved, negative_prompt, noise, notes)
-        return _Call(orders, at_once, on_error)
+        # A strength is for what is made out of another picture.
+        resolved = resolved.replace(strength=None)
+        subjects = (Subject(prompt, resolved, notes) for prompt in prompts)
+        return Call(take_orders(subjects, negative_prompt, noise), batch_size, on_error)
+
+    def _image_call(
+        self,
+        image: Images,
+        prompt: str | Sequence[str] = "",
+        options: GenerateOptions | None = None,
+        *,
+        mask_image: Images | None = None,
+        is_inpainting: bool = False,
+        negative_prompt: str | Sequence[str] | None = None,
+        latents: Array | None = None,
+        batch_size: int | None = None,
+        on_error: OnError = "keep",
+        **overrides: Any,
+    ) -> Call:
+        """Decide what is made out of pictures; each is opened when its turn comes."""
+        one_image, one_prompt = is_one_picture(image), is_single(prompt)
+        one_mask = mask_image is None or is_one_picture(mask_image)
+        count = None if one_image or isinstance(image, Iterator) else len(cast("list[Any]", image))
+        if one_image and not (one_prompt and one_mask):
+            # One picture with several prompts, or masks, is that many pictures.
+            several = prompt if one_mask else mask_image
+            count = len(cast("Sequence[Any]", several))
+            images: Iterable[ImageInput] = [cast("ImageInput", image)] * count
+        else:
+            images = [cast("ImageInput", image)] if one_image else cast("list[ImageInput]", image)
+        prompts = spread(cast("Any", prompt), one_prompt, count, "prompts")
+        noise = None if latents is None else as_noise(latents, self.latent_channels)
+        kind = InpaintOptions if is_inpainting else ImageToImageOptions
+        asked = self._asked(kind, options, overrides)
+        defaults = self._defaults
+        native = Native(defaults["width"], defaults["height"], self.downsampling, defaults)
+        self._check(asked.resolve(defaults, multiple_of=self.downsampling), batch_size, on_error)
+        if asked.seed is None:
+            # Drawn once for the call: its pictures count on from there.
+            asked = asked.replace(seed=asked.resolve(defaults).seed)
+        if isinstance(asked, InpaintOptions):
+            masks = spread(cast("Any", mask_image), one_mask, count, "masks")
+            subjects = inpaint_subjects(images, masks, prompts, asked, native)
+        else:
+            subjects = image_subjects(images, prompts, asked, native)
+        return Call(take_orders(subjects, negative_prompt, noise), batch_size, on_error)
+
+    def _asked(self, kind: type[Options], options: object, overrides: Mapping[str, Any]) -> Options:
+        if not isinstance(options, GenerateOptions | None):
+            raise BadInput(
+                f"options is {options!r}: give {kind.__name__}(…), or its words by keyword"
+            )
+        return kind.of(options).replace(**overrides)
+
+    def _check(self, resolved: GenerateOptions, batch_size: int | None, on_error: str) -> None:
+        """Tell a combination that cannot be before any prompt is read."""
+        if on_error not in ("keep", "raise"):
+            raise BadInput(f"on_error is {on_error!r}: give 'keep' or 'raise'")
+        if batch_size is not None and (
+            isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
+        ):
+            raise BadInput(f"batch_size is {batch_size!r}: give a whole number of 1 or more")
+        self._painter.steps(resolved)
+        for name, config in self.model.configs.items():
+            if not name.startswith("text_encoder") or not resolved.clip_skip:
+                continue
+            most = int(config["num_hidden_layers"]) + 1 + int(config.get("output_layer", -1))
+            if resolved.clip_skip > most:
+                raise BadInput(
+                    f"clip_skip is {resolved.clip_skip}: give 0 to {most}, for the {name} has no "
+                    "more layers"
+                )
 
     def _resolve(
         self, asked: GenerateOptions, noise: NDArray[np.float32] | None
@@ -383,191 +484,6 @@ class ImageGenerator:
             asked = asked.replace(width=width, height=height)
         return asked.resolve(self._defaults, multiple_of=self.downsampling)
 
-    def _at_once(self, options: GenerateOptions) -> int:
-        _, height, width = self._latent_shape(options)
-        room = _LATENT_PIXELS["cpu" if self.networks.device == "cpu" else "gpu"]
-        return max(1, min(_MOST_AT_ONCE, room // (height * width)))
-
-    def _latent_shape(self, options: GenerateOptions) -> tuple[int, int, int]:
-        assert options.width is not None and options.height is not None
-        down = self.downsampling
-        return self.latent_channels, options.height // down, options.width // down
-
-    def _steps(self, options: GenerateOptions) -> Steps:
-        assert options.sampler is not None and options.num_inference_steps is not None
-        steps = self.schedule.steps(
-            options.sampler,
-            options.num_inference_steps,
-            schedule=options.schedule,
-            spacing=options.timestep_spacing,
-        )
-        if options.eta is None:
-            return steps
-        if options.sampler not in _TAKE_ETA:
-            raise BadInput(
-                f"eta is for the samplers {', '.join(_TAKE_ETA)}, not for {options.sampler}: leave "
-                "it out, or take one of these"
-            )
-        return replace(steps, settings={**steps.settings, "eta": options.eta})
-
-    def _follow(
-        self, call: _Call, *, finish: bool = True
-    ) -> Iterator[DenoisingStep | GeneratedImage]:
-        while orders := list(islice(call.orders, call.at_once)):
-            made: dict[int, GeneratedImage] = {}
-            rows: list[Row] = []
-            for place, order in enumerate(orders):
-                try:
-                    rows.append(Row(place, order, *self._condition(order)))
-                except DiptychError as error:
-                    made[place] = _failed(call, order, error, self._name)
-            # Prompts of another length are run apart: filling up would change their pictures.
-            for group in alike(rows):
-                batch = self._batch(group)
-                yield from self._denoise(batch)
-                for row, each in enumerate(group):
-                    if (broken := batch.error(row)) is not None:
-                        made[each.place] = _failed(call, each.order, broken, self._name)
-                if finish:
-                    made |= self._finish(call, batch)
-            yield from (made[place] for place in sorted(made))
-
-    def _batch(self, rows: Sequence[Row]) -> Batch:
-        options = rows[0].order.options
-        steps = self._steps(options)
-        array = self.networks.array
-        negatives = [row.negative for row in rows if row.negative is not None]
-        denoise = build_denoiser(
-            self.networks["unet"],
-            steps,
-            stacked([row.positive for row in rows], array),
-            stacked(negatives, array) if negatives else None,
-            prediction_type=self.schedule.config.prediction_type,
-            guidance_scale=options.guidance_scale or 0.0,
-            guidance_rescale=options.guidance_rescale or 0.0,
-            extra=self._blank_mask(len(rows), options),
-        )
-        return Batch(rows, steps, denoise, self.networks, self._latent_shape(options))
-
-    def _denoise(self, batch: Batch) -> Iterator[DenoisingStep]:
-        steps, orders = batch.steps, tuple(row.order for row in batch.rows)
-        total = len(steps.timesteps)
-        for step in batch.run():
-            is_last = step.index == total - 1
-            yield DenoisingStep(
-                index=step.index,
-                total=total,
-                sigma=steps.sigmas[step.index + 1],
-                latents=step.latents * steps.final_scale if is_last else step.latents,
-                denoised=step.denoised,
-                orders=orders,
-                _show=self._show,
-                _finish=lambda latents, row: self._picture(latents[[row]], orders[row]),
-            )
-
-    def _finish(self, call: _Call, batch: Batch) -> dict[int, GeneratedImage]:
-        """Decode the pictures that are whole, by their places."""
-        made = {}
-        for number, row in enumerate(batch.rows):
-            if number in batch.broken:
-                continue
-            try:
-                latents = batch.latents[[number]] * batch.steps.final_scale
-                made[row.place] = self._picture(latents, row.order)
-            except DiptychError as error:
-                made[row.place] = _failed(call, row.order, error, self._name)
-        return made
-
-    @property
-    def _name(self) -> str:
-        """Name the model, and what was put into it: both belong to a picture's recipe."""
-        return " + ".join(
-            [self.model.name, *(f"{each.path.stem}:{each.scale:g}" for each in self._loras)]
-        )
-
-    def _picture(self, latents: Array, order: Order) -> GeneratedImage:
-        (image,) = self.decode(latents)
-        return GeneratedImage(
-            image, order.seed, order.prompt, order.options, self._name, order.notes
-        )
-
-    def _show(self, denoised: Array) -> list[Image.Image]:
-        """Return pictures of latents in full size, without the autoencoder."""
-        if self._latent_rgb is None:
-            stored = self.model.defaults.get("latent_rgb")
-            learned = fit_latent_rgb(self.encode, self.downsampling) if stored is None else stored
-            self._latent_rgb = np.asarray(learned, np.float64)
-        small = latent_to_rgb(self.networks.numpy(denoised), self._latent_rgb)
-        return [
-            image.resize(
-                (image.width * self.downsampling, image.height * self.downsampling),
-                Image.Resampling.BICUBIC,
-            )
-            for image in small
-        ]
-
-    def _condition(self, order: Order) -> tuple[Conditioning, Conditioning | None]:
-        """Return what the UNet is told for the prompt, and for the negative one if it counts."""
-        options = order.options
-        scale = options.guidance_scale or 0.0
-        takes = self.networks["unet"].inputs
-        is_guided = scale > 1 and "timestep_cond" not in takes
-        asked = (order.prompt, options.negative_prompt, is_guided, options.clip_skip)
-        pair = self._encode_pair(*asked, options.parse_weights)
-        own: dict[str, NDArray[np.float32]] = {}
-        if "time_ids" in takes:
-            size = (options.height, options.width)
-            own["time_ids"] = np.array([[*size, 0, 0, *size]], np.float32)
-        if "timestep_cond" in takes:
-            width = int(self.model.configs["unet"]["time_cond_proj_dim"])
-            own["timestep_cond"] = guidance_embedding(scale, 1, width)
-        told = [
-            {"encoder_hidden_states": each.encoder_hidden_states, **own}
-            | ({"text_embeds": each.pooled} if "text_embeds" in takes else {})
-            for each in (pair.positive, pair.negative)
-            if each is not None
-        ]
-        return told[0], told[1] if len(told) > 1 else None
-
-    def _encode_pair(
-        self,
-        prompt: str,
-        negative: str | None,
-        is_guided: bool,
-        clip_skip: int | None,
-        parse_weights: bool,
-    ) -> PromptPair:
-        """Encode the words, or remember the last ones: pictures of one prompt share them."""
-        key = (prompt, negative, is_guided, clip_skip, parse_weights)
-        if self._last_words is None or self._last_words[0] != key:
-            (pair,) = encode_prompts(
-                self.networks,
-                self.tokenizers,
-                [prompt],
-                [negative] if is_guided else None,
-                clip_skip=clip_skip or 0,
-                parse_weights=parse_weights,
-                force_zeros_for_empty_prompt=self.model.force_zeros_for_empty_prompt,
-            )
-            self._last_words = key, pair
-        return self._last_words[1]
-
-    def _blank_mask(self, rows: int, options: GenerateOptions) -> tuple[Array, ...]:
-        """Return what a 9-channel UNet is told besides: repaint all of a grey picture."""
-        channels = int(self.model.configs["unet"].get("in_channels", self.latent_channels))
-        if channels == self.latent_channels:
-            return ()
-        shape = self._latent_shape(options)
-        if channels != 2 * self.latent_channels + 1:
-            raise UnsupportedModel(
-                f"{self.model.name} takes {channels} channels of latents: diptych generates with "
-                f"{self.latent_channels}, or {2 * self.latent_channels + 1} (inpainting)"
-            )
-        grey = np.zeros((1, 3, *(side * self.downsampling for side in shape[1:])), np.float32)
-        array = self.networks.array
-        mask = array(np.ones((rows, 1, *shape[1:]), np.float32))
-        return mask, array(np.repeat(self.encode(grey), rows, axis=0))
-
 
 def generate(
     prompt: str | Iterable[str], model: str | Path = "default", **options: Any
@@ -577,21 +493,3 @@ def generate(
     To generate more than once, load an `ImageGenerator` and keep it.
     """
     return ImageGenerator.load(model).generate(prompt, **options)
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """Hold what one call asks for."""
-
-    orders: Iterator[Order]
-    at_once: int
-    on_error: OnError
-
-
-def _failed(call: _Call, order: Order, error: DiptychError, model: str) -> GeneratedImage:
-    if call.on_error == "raise":
-        raise error
-    nothing = cast("Image.Image", None)
-    return GeneratedImage(
-        nothing, order.seed, order.prompt, order.options, model, order.notes, error
-    )

@@ -6,6 +6,7 @@ import logging
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Self
 
 from diptych.errors import BadInput
 from diptych.option_fields import (
@@ -19,7 +20,20 @@ from diptych.option_fields import (
     values,
 )
 
-__all__ = ["NOISE_SOURCES", "SAMPLERS", "SCHEDULES", "SPACINGS", "GenerateOptions", "size_notes"]
+__all__ = [
+    "MASK_SOURCES",
+    "NOISE_SOURCES",
+    "RESIZE_MODES",
+    "SAMPLERS",
+    "SCHEDULES",
+    "SIDES",
+    "SPACINGS",
+    "GenerateOptions",
+    "ImageToImageOptions",
+    "InpaintOptions",
+    "parse_sides",
+    "size_notes",
+]
 
 logger = logging.getLogger("diptych")
 
@@ -32,6 +46,10 @@ SAMPLERS = (
 SCHEDULES = ("normal", "karras", "exponential", "beta", "sgm_uniform", "simple", "kl_optimal")
 SPACINGS = ("leading", "trailing", "linspace")
 NOISE_SOURCES = ("philox", "torch")
+RESIZE_MODES = ("resize", "crop", "pad")
+MASK_SOURCES = ("auto", "luminance", "alpha")
+SIDES = ("left", "top", "right", "bottom")
+_MOST_ADDED = 8192  # pixels a side
 
 # Words of other programs, each with ours.
 _FOREIGN = {
@@ -114,7 +132,7 @@ class GenerateOptions:
     )
     strength: float | None = option(
         float,
-        "Image to image: how far to leave the picture given; 0 keeps it, none is 0.8.",
+        "How far to leave a picture that is given: 0 keeps it, 1 is free of it.",
         low=0.0,
         high=1.0,
     )
@@ -140,23 +158,36 @@ class GenerateOptions:
                 f"beyond {2**64 - 1}: give a lower seed."
             )
 
-    def replace(self, **overrides: object) -> GenerateOptions:
+    @classmethod
+    def of(cls, options: GenerateOptions | None) -> Self:
+        """Return `options` as options of this kind: what both know is taken over."""
+        if isinstance(options, cls):
+            return options
+        names = {field.name for field in fields(cls)}
+        known = {} if options is None else values(options)
+        return cls(**{name: value for name, value in known.items() if name in names})
+
+    def replace(self, **overrides: object) -> Self:
         """Return a copy with these options changed; BadInput for a word that is no option."""
-        return replace(self, overrides, "an option of generate", _FOREIGN)
+        return replace(self, overrides, f"an option of {self._verb()}", _FOREIGN)
+
+    @classmethod
+    def _verb(cls) -> str:
+        return "generate"
 
     def resolve(
         self, defaults: Mapping[str, object] | None = None, *, multiple_of: int = 8
-    ) -> GenerateOptions:
+    ) -> Self:
         """Fill every open choice from what the model prefers, then from the library.
 
         Width and height are rounded to a multiple of `multiple_of` (pixels to a latent), with a
         note in the log; a seed left open is drawn. Only `negative_prompt`, `timestep_spacing`,
-        `eta` and `strength` may still be None, which has a meaning there. Resolving again changes
-        nothing.
+        `eta`, `strength`, `padding_mask_crop` and `extend` may still be None, which has a meaning
+        there. Resolving again changes nothing.
         Raises BadInput where a default cannot be used.
         """
         asked = {name: value for name, value in values(self).items() if value is not None}
-        known = {f.name: f for f in fields(GenerateOptions) if f.metadata["from_model"]}
+        known = {f.name: f for f in fields(self) if f.metadata["from_model"]}
         given = {
             name: value
             for name, value in (defaults or {}).items()
@@ -164,15 +195,95 @@ class GenerateOptions:
         }
         for name, value in given.items():
             check_value(known[name], value, "in the model's defaults ")
-        merged = {**library(GenerateOptions), **given, **asked}
+        merged = {**library(self), **given, **asked}
         for side in ("width", "height"):
             merged[side] = _rounded(merged[side], multiple_of)
         if merged["seed"] is None:
             merged["seed"] = secrets.randbelow(2**32)
-        resolved = GenerateOptions(**{name: plain(value) for name, value in merged.items()})
+        resolved = type(self)(**{name: plain(value) for name, value in merged.items()})
         for note in size_notes(self, resolved):
             logger.warning("%s", note)
         return resolved
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageToImageOptions(GenerateOptions):
+    """Say how to make a picture out of another.
+
+    Width and height left open follow from the picture: its own size, or where that is more than
+    four times the pixels the model was trained with, its proportions at that number of pixels.
+    """
+
+    strength: float | None = option(
+        float, "How far to leave the picture given: 0 keeps it, 1 is free of it.",
+        library=0.8, low=0.0, high=1.0,
+    )  # fmt: skip
+    resize_mode: str = setting(
+        str,
+        "How a picture of other proportions is brought to width and height.",
+        default="resize",
+        choices=RESIZE_MODES,
+    )
+
+    @classmethod
+    def _verb(cls) -> str:
+        return "image_to_image"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InpaintOptions(ImageToImageOptions):
+    """Say how to repaint a part of a picture; the others come back as they were, bit for bit.
+
+    Width and height are those it is painted at; the picture comes back in its own size.
+    """
+
+    strength: float | None = option(
+        float, "How far to leave what is there: 0 keeps it, 1 is free of it.",
+        library=1.0, low=0.0, high=1.0,
+    )  # fmt: skip
+    mask_from: str = setting(
+        str,
+        "What in the mask says where: luminance (white is repainted) or alpha (transparent is).",
+        default="auto",
+        choices=MASK_SOURCES,
+    )
+    invert_mask: bool = setting(
+        bool, "Keep what the mask says to repaint, and repaint the rest.", default=False
+    )
+    soft_mask: bool = setting(
+        bool, "Read greys of the mask as how much a pixel may change.", default=False
+    )
+    mask_blur: int = setting(
+        int,
+        "Pixels inside the edge of the mask over which old and new are blended.",
+        default=4,
+        low=0,
+        high=256,
+    )
+    padding_mask_crop: int | None = setting(
+        int,
+        "Paint the surroundings of the mask alone, with this many pixels more, in full size.",
+        default=None,
+        low=0,
+        high=4096,
+    )
+    extend: str | None = setting(
+        str, "Enlarge the picture and paint what is new, as in left=128,bottom=64.", default=None
+    )
+    keep_unmasked: bool = setting(
+        bool, "Bring back every pixel outside of the mask as it was.", default=True
+    )
+
+    @classmethod
+    def _verb(cls) -> str:
+        return "inpaint"
+
+    def check(self) -> None:
+        """Raise BadInput for a value out of range, and for sides that cannot be read."""
+        # Spelled out: dataclasses with slots are made anew, which `super()` would not notice.
+        ImageToImageOptions.check(self)
+        if self.extend is not None:
+            parse_sides(self.extend)
 
 
 def size_notes(asked: GenerateOptions, resolved: GenerateOptions) -> tuple[str, ...]:
@@ -182,6 +293,21 @@ def size_notes(asked: GenerateOptions, resolved: GenerateOptions) -> tuple[str, 
         for side in ("width", "height")
         if (wanted := getattr(asked, side)) not in (None, made := getattr(resolved, side))
     )
+
+
+def parse_sides(text: str) -> dict[str, int]:
+    """Read `left=128,bottom=64`; raises BadInput for anything else."""
+    sides: dict[str, int] = {}
+    for part in text.split(","):
+        side, _, pixels = (each.strip() for each in part.partition("="))
+        if side not in SIDES or side in sides or not (pixels.isascii() and pixels.isdigit()):
+            raise BadInput(f"extend is {text!r}: give sides and pixels, as in left=128,right=64")
+        sides[side] = int(pixels)
+        if sides[side] > _MOST_ADDED:
+            raise BadInput(f"extend is {text!r}: give at most {_MOST_ADDED} pixels a side")
+    if not any(sides.values()):
+        raise BadInput(f"extend is {text!r}: give at least one side more than 0 pixels")
+    return sides
 
 
 def _rounded(pixels: int, multiple_of: int) -> int:

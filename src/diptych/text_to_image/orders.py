@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from diptych.errors import BadInput
+from diptych.errors import BadInput, DiptychError
 from diptych.text_to_image.options import GenerateOptions
 
-__all__ = ["Order", "as_noise", "is_single", "take_orders"]
+__all__ = ["Order", "Source", "Subject", "as_noise", "is_single", "take_orders"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """Hold the picture that another is made from, at the size it is drawn in.
+
+    `pixel_values` are float32 [3, H, W] in -1..1; `mask` float32 [H, W], 1 where to repaint, None
+    for everywhere; with `is_soft` its greys say how much may change. `finish` makes the result out
+    of what was drawn.
+    """
+
+    pixel_values: NDArray[np.float32]
+    mask: NDArray[np.float32] | None = None
+    is_soft: bool = False
+    finish: Callable[[Image.Image], Image.Image] = lambda drawn: drawn
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Order:
-    """Ask for one picture: `options` are decided in full, `noise` is `C h w` if it was given."""
+    """Ask for one picture: `options` are decided in full, `noise` is `C h w` if it was given.
+
+    `error` says why it cannot even be begun.
+    """
 
     prompt: str
     options: GenerateOptions
     noise: NDArray[np.float32] | None = None
     notes: tuple[str, ...] = ()
+    source: Source | None = None
+    error: DiptychError | None = None
 
     @property
     def seed(self) -> int:
@@ -30,21 +51,33 @@ class Order:
         return self.options.seed
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Subject:
+    """Hold what a call names once and makes `num_images_per_prompt` pictures of.
+
+    `options` are those of the call, with a size that fits the `source`.
+    """
+
+    prompt: str
+    options: GenerateOptions
+    notes: tuple[str, ...] = ()
+    source: Source | None = None
+    error: DiptychError | None = None
+
+
 def take_orders(
-    prompts: Iterable[str],
-    options: GenerateOptions,
+    subjects: Iterable[Subject],
     negatives: str | Sequence[str] | None = None,
     noise: NDArray[np.float32] | None = None,
-    notes: tuple[str, ...] = (),
 ) -> Iterator[Order]:
-    """Yield the orders of a call, picture i with seed + i, those of one prompt side by side.
+    """Yield the orders of a call, picture i with seed + i, those of one subject side by side.
 
-    `options` are resolved; `negatives` one text for all, or one for each prompt; `noise`
+    Options are resolved; `negatives` is one text for all, or one for each subject; `noise`
     [N, C, h, w] a start for each picture. Raises `BadInput` where the numbers do not fit.
     """
-    each = options.num_images_per_prompt
     place, number = 0, -1
-    for number, prompt in enumerate(prompts):
+    for number, subject in enumerate(subjects):
+        options = subject.options
         negative = options.negative_prompt
         if isinstance(negatives, str):
             negative = negatives
@@ -55,20 +88,21 @@ def take_orders(
                     "text for all, or one for each"
                 )
             negative = negatives[number]
-        for _ in range(each):
+        for _ in range(options.num_images_per_prompt):
             if noise is not None and place >= len(noise):
                 raise BadInput(
                     f"latents hold the noise of {len(noise)} pictures, and more are asked for: "
                     "give one for each"
                 )
-            # What belongs to a picture alone; `strength` is for those made from another picture.
-            own = options.replace(
+            own = options.replace(  # what belongs to a picture alone
                 seed=(options.seed or 0) + place,
                 negative_prompt=negative,
                 num_images_per_prompt=1,
-                strength=None,
             )
-            yield Order(prompt, own, None if noise is None else noise[place], notes)
+            own_noise = None if noise is None else noise[place]
+            yield Order(
+                subject.prompt, own, own_noise, subject.notes, subject.source, subject.error
+            )
             place += 1
     if negatives is not None and not isinstance(negatives, str) and number + 1 < len(negatives):
         raise BadInput(

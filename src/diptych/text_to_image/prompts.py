@@ -112,13 +112,20 @@ def encode_prompts(
     occur twice are encoded once. `parse_weights=False` takes prompts literally and cuts what is too
     long. Where there are two text encoders their vectors are joined, weights change them without
     restoring their mean, and `pooled` is that of the second, from the first chunk.
+    `clip_skip` is for the prompts: negative ones keep all layers, as in diffusers' pipelines.
     Raises `BadInput` for a prompt that cannot be used.
     """
     encoders = {name: tokenizers[_ENCODERS[name]] for name in _ENCODERS if name in networks}
-    towers = [
-        _Tower(networks, name, tokenizer, clip_skip, restore_mean="text_encoder_2" not in encoders)
-        for name, tokenizer in encoders.items()
-    ]
+
+    def towers_that_skip(layers: int) -> list[_Tower]:
+        restore_mean = "text_encoder_2" not in encoders
+        return [
+            _Tower(networks, name, tokenizer, layers, restore_mean=restore_mean)
+            for name, tokenizer in encoders.items()
+        ]
+
+    towers = towers_that_skip(clip_skip)
+    plain_towers = towers_that_skip(0) if clip_skip else towers
     split = split_chunks if parse_weights else _literal_chunk
 
     def encode(prompt: str, wants_negative: bool, negative: str | None) -> PromptPair:
@@ -134,7 +141,7 @@ def encode_prompts(
         if is_zero:
             zeros = (np.zeros_like(positive.encoder_hidden_states), np.zeros_like(positive.pooled))
             return PromptPair(positive, Conditioning(*zeros))
-        return PromptPair(positive, _encode(towers, against, count))
+        return PromptPair(positive, _encode(plain_towers, against, count))
 
     if negative_prompts is None:
         return [encode(prompt, False, None) for prompt in prompts]

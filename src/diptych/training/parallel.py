@@ -7,11 +7,11 @@ threads wait for one another at every operation, processes once a step.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["Workers"]
 
@@ -25,6 +25,13 @@ class Workers:
         if self.count > 1:
             dist.init_process_group("gloo" if not torch.cuda.is_available() else "nccl")
 
+    @classmethod
+    def alone(cls) -> Workers:
+        """Return one process that has no others, whatever the environment says."""
+        workers = cls.__new__(cls)
+        workers.count, workers.rank = 1, 0
+        return workers
+
     @property
     def leads(self) -> bool:
         """Tell whether this process writes files and logs."""
@@ -37,17 +44,33 @@ class Workers:
         each = rows // self.count
         return slice(self.rank * each, (self.rank + 1) * each)
 
+    def lightest_share(self, weights: Sequence[float]) -> set[int]:
+        """Return the indices of this process's part of work whose pieces take `weights`."""
+        loads, mine = [0.0] * self.count, set()
+        for index in sorted(range(len(weights)), key=lambda i: -weights[i]):
+            lightest = loads.index(min(loads))
+            loads[lightest] += weights[index]
+            if lightest == self.rank:
+                mine.add(index)
+        return mine
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by their sums over all processes, in one message."""
+        if self.count == 1:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat)
+        parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
     def average(self, parameters: Iterable[nn.Parameter]) -> None:
         """Average the gradients over all processes, in one message."""
         if self.count == 1:
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat)
-        flat /= self.count
-        parts = torch.split(flat, [gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
+        self.add_up(gradients)
+        torch._foreach_div_(gradients, self.count)
 
     def wait(self) -> None:
         """Wait until all processes are here."""

@@ -1,0 +1,113 @@
+"""Bring a picture to the size a model draws in, and what was drawn back into the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+__all__ = [
+    "Box",
+    "crop_region",
+    "extend",
+    "fit",
+    "paste_back",
+    "to_pixel_values",
+]
+
+Box = tuple[int, int, int, int]
+"""Left, top, right, bottom in pixels, the last two outside."""
+
+_SIDES = ("left", "top", "right", "bottom")
+
+
+def fit(image: Image.Image, size: tuple[int, int], mode: str = "resize") -> Image.Image:
+    """Return the picture at `size` (width, height): stretched, cropped, or padded at its edges.
+
+    As diffusers' `VaeImageProcessor` does under the modes default, crop and fill (Lanczos).
+    """
+    if image.size == size:
+        return image
+    if mode == "resize":
+        return image.resize(size, Image.Resampling.LANCZOS)
+    width, height = size
+    is_wider = image.width * height > width * image.height
+    if is_wider == (mode == "pad"):
+        inner = width, max(1, image.height * width // image.width)
+    else:
+        inner = max(1, image.width * height // image.height), height
+    left, top = width // 2 - inner[0] // 2, height // 2 - inner[1] // 2
+    scaled = image.resize(inner, Image.Resampling.LANCZOS)
+    if mode == "crop":
+        return scaled.crop((-left, -top, width - left, height - top))
+    right, bottom = width - left - inner[0], height - top - inner[1]
+    return _with_edges(scaled, (left, top, right, bottom))
+
+
+def extend(image: Image.Image, sides: Mapping[str, int]) -> Image.Image:
+    """Return a larger picture: `sides` (left, top, right, bottom) pixels more, edges repeated."""
+    return _with_edges(image, tuple(sides.get(side, 0) for side in _SIDES))
+
+
+def to_pixel_values(image: Image.Image) -> NDArray[np.float32]:
+    """Return [3, H, W] in -1..1 of a picture in mode RGB."""
+    values = np.asarray(image, np.float32) / 255
+    return np.ascontiguousarray(2 * values.transpose(2, 0, 1) - 1)
+
+
+def crop_region(mask: NDArray[Any], padding: int, size: tuple[int, int]) -> Box:
+    """Return the region around all of `mask` [H, W] that is not 0, in the proportions of `size`.
+
+    `padding` pixels are added, then what the proportions of (width, height) want, as far as the
+    picture reaches: the arithmetic of diffusers' `get_crop_region`.
+    """
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    height, width = mask.shape
+    left, right = max(int(columns[0]) - padding, 0), min(int(columns[-1]) + 1 + padding, width)
+    top, bottom = max(int(rows[0]) - padding, 0), min(int(rows[-1]) + 1 + padding, height)
+    wanted = size[0] / size[1]
+    if (right - left) / (bottom - top) > wanted:
+        top, bottom = _widened(top, bottom, (right - left) / wanted, height)
+    else:
+        left, right = _widened(left, right, (bottom - top) * wanted, width)
+    return left, top, right, bottom
+
+
+def paste_back(
+    original: Image.Image, painted: Image.Image, weights: NDArray[np.floating]
+) -> Image.Image:
+    """Lay `painted` (RGB) over `original` (RGB, RGBA or I;16) by `weights` [H, W] in 0..1.
+
+    Where a weight is 0 the pixel stays what it is, bit for bit; transparent ones that are painted
+    become opaque.
+    """
+    kept = np.asarray(original)
+    if original.mode == "I;16":
+        over = np.asarray(painted.convert("L"), np.float64) * 257
+    elif original.mode == "RGBA":
+        over = np.asarray(painted.convert("RGBA"), np.float64)
+    else:
+        over = np.asarray(painted, np.float64)
+    share = weights if kept.ndim == 2 else weights[:, :, None]
+    mixed = np.rint(kept + (over - kept) * share).astype(kept.dtype)
+    return Image.fromarray(np.where(share > 0, mixed, kept))
+
+
+def _widened(low: int, high: int, wanted: float, most: int) -> tuple[int, int]:
+    more = int(wanted - (high - low))
+    low, high = low - more // 2, high + more - more // 2
+    if high >= most:
+        low, high = low - (high - most), most
+    if low < 0:
+        low, high = 0, high - low
+    return low, min(high, most)
+
+
+def _with_edges(image: Image.Image, added: tuple[int, ...]) -> Image.Image:
+    left, top, right, bottom = added
+    values = np.asarray(image)
+    more = [(top, bottom), (left, right), (0, 0)][: values.ndim]
+    return Image.fromarray(np.pad(values, more, mode="edge"))

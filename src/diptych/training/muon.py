@@ -1,0 +1,139 @@
+"""Train by Muon: steps whose matrices turn all directions equally far (Jordan et al. 2024).
+
+The momentum of each matrix is brought to the nearest one of singular values near 1 by a
+Newton-Schulz iteration. Scaled so that a step is as large as AdamW's (Liu et al. 2025, "Muon is
+scalable for LLM training", section 2.2), it takes the same learning rate. Biases, norms and
+embeddings go by Adam.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diptych.training.parallel import Workers
+
+__all__ = ["Muon", "orthogonalized"]
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_ITERATIONS = 5
+_AS_ADAMW = 0.2  # the root mean square of AdamW's steps
+_BETAS, _EPS = (0.9, 0.99), 1e-8
+_NARROW = 16  # a matrix of fewer rows or columns gains nothing
+
+
+class Muon(torch.optim.Optimizer):
+    """Step matrices and kernels by Muon, all else by Adam; both with weight decay of matrices.
+
+    With several `workers` each turns its share of the matrices; gradients are averaged already.
+    Names that contain one of `plain` go by Adam as well: layers next to inputs and outputs.
+    """
+
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        lr: float,
+        *,
+        weight_decay: float = 0.01,
+        momentum: float = 0.95,
+        plain: tuple[str, ...] = ("conv_in", "conv_out", "embedding"),
+        workers: Workers | None = None,
+    ) -> None:
+        groups: dict[str, list[nn.Parameter]] = {"turned": [], "plain": []}
+        for name, parameter in named:
+            is_matrix = parameter.ndim > 1 and min(_as_matrix(parameter).shape) >= _NARROW
+            turned = is_matrix and not any(each in name for each in plain)
+            groups["turned" if turned else "plain"].append(parameter)
+        super().__init__(
+            [
+                {"params": groups["turned"], "weight_decay": weight_decay, "turned": True},
+                {"params": groups["plain"], "weight_decay": 0.0, "turned": False},
+            ],
+            {"lr": lr, "momentum": momentum},
+        )
+        self._workers = workers or Workers.alone()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                (self._turn if group["turned"] else self._adam)(group, parameters)
+
+    def _turn(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+        lookahead = []
+        for parameter in parameters:
+            state, gradient = self.state[parameter], parameter.grad
+            assert gradient is not None
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(parameter)
+            state["momentum"].lerp_(gradient, 1 - group["momentum"])
+            lookahead.append(gradient.lerp(state["momentum"], group["momentum"]))
+        sizes = [min(_as_matrix(p).shape) ** 2 * max(_as_matrix(p).shape) for p in parameters]
+        mine = self._workers.lightest_share(sizes)
+        steps = [
+            orthogonalized(_as_matrix(each)).reshape_as(each)
+            if index in mine
+            else torch.zeros_like(each)
+            for index, each in enumerate(lookahead)
+        ]
+        self._workers.add_up(steps)
+        for parameter, step in zip(parameters, steps, strict=True):
+            scale = _AS_ADAMW * max(_as_matrix(parameter).shape) ** 0.5
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(step, alpha=-group["lr"] * scale)
+
+    def _adam(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
+            if "exp_avg" not in self.state[parameter]:
+                self.state[parameter] = {
+                    "step": torch.zeros(()),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        states = [self.state[parameter] for parameter in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        first, second = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        torch._foreach_lerp_(first, gradients, 1 - _BETAS[0])
+        torch._foreach_mul_(second, _BETAS[1])
+        torch._foreach_addcmul_(second, gradients, gradients, 1 - _BETAS[1])
+        for state in states:
+            state["step"] += 1
+        steps = [float(state["step"]) for state in states]
+        spread = torch._foreach_div(second, [1 - _BETAS[1] ** step for step in steps])
+        spread = torch._foreach_sqrt(spread)
+        torch._foreach_add_(spread, _EPS)
+        factors = [-group["lr"] / (1 - _BETAS[0] ** step) for step in steps]
+        torch._foreach_addcdiv_([*parameters], first, spread, factors)
+
+
+def orthogonalized(matrix: Tensor) -> Tensor:
+    """Return a matrix with the singular vectors of `matrix` [m, n] and values of about 1."""
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    wide = matrix.T if is_tall else matrix
+    wide = wide / (torch.linalg.matrix_norm(wide) + 1e-7)
+    a, b, c = _COEFFICIENTS
+    rows, columns = wide.shape
+    if columns < 2 * rows:
+        for _ in range(_ITERATIONS):
+            gram = wide @ wide.T
+            wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+        return wide.T if is_tall else wide
+    # Every factor is a polynomial in the Gram matrix, which is small: multiply the factors first.
+    gram = wide @ wide.T
+    identity = torch.eye(rows, device=wide.device, dtype=wide.dtype)
+    product = identity
+    for index in range(_ITERATIONS):
+        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c) + a * identity
+        product = factor @ product if index else factor
+        if index < _ITERATIONS - 1:
+            gram = factor @ gram @ factor
+    turned: Tensor = product @ wide
+    return turned.T if is_tall else turned
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    return tensor.reshape(tensor.shape[0], -1)
