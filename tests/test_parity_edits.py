@@ -35,15 +35,21 @@ SHARED: dict[str, Any] = {
 }
 
 
+class Folders(dict[tuple[str, int], Path]):
+    """Make the pipeline of a family and a number of channels when it is first asked for."""
+
+    def __init__(self, new: pytest.TempPathFactory) -> None:
+        self.new = new
+
+    def __missing__(self, key: tuple[str, int]) -> Path:
+        self[key] = self.new.mktemp("-".join(map(str, key)))
+        make_pipeline(self[key], key[0], FAMILIES.index(key[0]), key[1])  # type: ignore[arg-type]
+        return self[key]
+
+
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path]:
-    made = {}
-    for number, family in enumerate(FAMILIES):
-        for channels in (4, 9):
-            path = tmp_path_factory.mktemp(f"{family}-{channels}")
-            make_pipeline(path, family, number, channels)
-            made[family, channels] = path
-    return made
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return Folders(tmp_path_factory)
 
 
 def picture(size: tuple[int, int] = (WIDTH, HEIGHT), seed: int = 0) -> Image.Image:
@@ -78,17 +84,21 @@ def reference(folder: Path, task: str, sampler: str, monkeypatch: pytest.MonkeyP
 
 # Image to image ---------------------------------------------------------------------------------
 
-SAMPLERS = ("ddim", "euler", "euler_a", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lms")
-CASES = [
-    (FAMILIES[number % 3], sampler, strength)
-    for number, sampler in enumerate(SAMPLERS)
-    for strength in ((0.8, 0.33)[number % 2],)
+# Without lms: begun in the middle, diffusers' scheduler weighs slopes that it has not seen yet.
+SAMPLERS = ("ddim", "euler", "euler_a", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "pndm")
+FEW = [("sd1", "pndm", 0.8), ("sd2", "ddim", 0.33), ("sdxl", "euler_a", 0.8)]
+ALL = [
+    (family, sampler, strength)
+    for family in FAMILIES
+    for sampler in SAMPLERS
+    for strength in (0.95, 0.8, 0.33)
 ]
+CASES = [*FEW, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in FEW)]
 
 
 @pytest.mark.parametrize(("family", "sampler", "strength"), CASES)
 def test_image_to_image(
-    folders: Any, family: str, sampler: str, strength: float, monkeypatch: pytest.MonkeyPatch
+    folders: Folders, family: str, sampler: str, strength: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs = reference(folders[family, 4], "Img2Img", sampler, monkeypatch)
     shared = {key: SHARED[key] for key in SHARED if key not in ("width", "height")}
@@ -100,7 +110,7 @@ def test_image_to_image(
     assert psnr(found.image, expected) >= 40
 
 
-def test_strength_0_is_the_autoencoder_and_1_is_generation(folders: Any) -> None:
+def test_strength_0_is_the_autoencoder_and_1_is_generation(folders: Folders) -> None:
     ours: ImageGenerator = load(folders["sd1", 4])
     pixels = (np.asarray(picture(), np.float32).transpose(2, 0, 1)[None] / 127.5) - 1
     (known,) = ours.decode(ours.encode(pixels))
@@ -115,22 +125,23 @@ def test_strength_0_is_the_autoencoder_and_1_is_generation(folders: Any) -> None
 # Inpainting -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("family", "channels", "sampler", "strength"),
-    [
-        ("sd1", 4, "ddim", 1.0),
-        ("sd2", 4, "euler", 0.6),
-        ("sdxl", 4, "dpmpp_2m", 0.99),
-        ("sd1", 4, "euler_a", 0.7),
-        ("sd2", 4, "heun", 0.5),
-        ("sd1", 9, "ddim", 1.0),
-        ("sd2", 9, "dpmpp_2m", 0.7),
-        ("sdxl", 9, "euler", 1.0),
-        ("sdxl", 9, "unipc", 0.4),
-    ],
-)
+SOME = [("sd1", 4, "pndm", 0.6), ("sdxl", 4, "dpmpp_2m", 1.0), ("sd2", 9, "ddim", 1.0)]
+EVERY = [
+    (family, channels, sampler, strength)
+    for family in FAMILIES
+    for channels in (4, 9)
+    for sampler in SAMPLERS
+    for strength in (1.0, 0.7)
+]
+INPAINTINGS = [
+    *SOME,
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in EVERY if case not in SOME),
+]
+
+
+@pytest.mark.parametrize(("family", "channels", "sampler", "strength"), INPAINTINGS)
 def test_inpainting(
-    folders: Any,
+    folders: Folders,
     family: str,
     channels: int,
     sampler: str,
@@ -156,7 +167,7 @@ def test_inpainting(
 
 @pytest.mark.parametrize(("family", "channels"), [("sd1", 4), ("sd2", 9)])
 def test_only_the_masked_part_in_full_size(
-    folders: Any, family: str, channels: int, monkeypatch: pytest.MonkeyPatch
+    folders: Folders, family: str, channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The painted part, before it is pasted: what diffusers hands to its last step."""
     theirs = reference(folders[family, channels], "Inpaint", "ddim", monkeypatch)

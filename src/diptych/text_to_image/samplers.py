@@ -115,9 +115,8 @@ def ddim(
         latents = denoised + (latents - denoised) * (down / sigma)
         if up:
             latents = latents + noise.like(latents) * up
-        if target != sigmas[index + 1]:
-            # The network will be told the next sigma: keep what it sees, as variance-one latents.
-            latents = latents * (math.hypot(sigmas[index + 1], 1) / math.hypot(target, 1))
+        # The network will be told the next sigma: keep what it sees, as variance-one latents.
+        latents = _told(latents, target, sigmas[index + 1])
         yield Step(index, latents, denoised)
 
 
@@ -204,25 +203,41 @@ def pndm(
     noise: NoiseSource,
     *,
     averages_velocity: bool = False,
+    first: Sequence[float] | None = None,
 ) -> Iterator[Step]:
     """PLMS (Liu et al. 2022): Adams-Bashforth on the noise, N + 1 calls.
 
     The first step is Heun's; the slope at its end is not kept, the network is asked there again.
-    `averages_velocity` averages what a v-predicting network says, as the reference does.
+    `averages_velocity` averages what a v-predicting network says, as the reference does. `first`
+    is for a run that diffusers cuts short: the sigmas its first step asks at, goes to and asks at
+    again, then those it is taken from and to.
     """
     said: list[Array] = []
+    if first is None and len(sigmas) > 2:
+        first = (sigmas[0], sigmas[1], sigmas[1], sigmas[0], sigmas[1])
     for index, (sigma, target) in enumerate(pairwise(sigmas)):
         denoised = denoise(latents, sigma)
         said = [_said(latents, denoised, sigma, averages_velocity), *said[:3]]
         mean = _weighted(said, _ADAMS[len(said) - 1])
         slope = _slope(mean, latents, sigma, averages_velocity)
-        if index == 0 and len(sigmas) > 2:
-            arrived = latents + slope * (target - sigma)
-            denoised = denoise(arrived, target)
-            mean = (mean + _said(arrived, denoised, target, averages_velocity)) / 2
-            slope = _slope(mean, latents, sigma, averages_velocity)
-        latents = latents + slope * (target - sigma)
+        if index == 0 and first is not None:
+            _, there, asked, start, end = first
+            arrived = _told(latents + slope * (there - sigma), there, asked)
+            denoised = denoise(arrived, asked)
+            mean = (mean + _said(arrived, denoised, asked, averages_velocity)) / 2
+            latents = _told(latents, sigma, start)
+            slope = _slope(mean, latents, start, averages_velocity)
+            latents = _told(latents + slope * (end - start), end, target)
+        else:
+            latents = latents + slope * (target - sigma)
         yield Step(index, latents, denoised)
+
+
+def _told(latents: Array, sigma: float, other: float) -> Array:
+    """Return latents that the network sees alike when it is told another sigma."""
+    if sigma == other:
+        return latents
+    return latents * (math.hypot(other, 1) / math.hypot(sigma, 1))
 
 
 def _said(latents: Array, denoised: Array, sigma: float, is_velocity: bool) -> Array:

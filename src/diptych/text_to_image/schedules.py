@@ -118,6 +118,8 @@ class Steps:
 
     def skip(self, count: int) -> Steps:
         """Return these steps without the first `count`."""
+        if self.sampler == "pndm" and 0 < count < len(self.timesteps):
+            return self._skip_calls(count)
         settings = dict(self.settings)
         if "targets" in settings:
             settings["targets"] = settings["targets"][count:]
@@ -127,6 +129,22 @@ class Steps:
             timesteps=self.timesteps[count:],
             settings=settings,
         )
+
+    def _skip_calls(self, count: int) -> Steps:
+        """Return the steps of PNDM without its first `count` calls, as diffusers cuts them.
+
+        Two of its calls belong to the first step, which it does not think of: it begins one step
+        earlier than other samplers, and takes what its first step leaves for one step further.
+        """
+        before, at, beyond = count - 1, count, count + 1
+        whole = self.sigmas
+        sigmas, timesteps = whole[before:at] + whole[beyond:], self.timesteps[beyond:]
+        timesteps = self.timesteps[before:at] + timesteps
+        places = (before, at, at, before, at)
+        if count == 1:
+            sigmas, timesteps, places = whole[1:], self.timesteps[1:], (1, 2, 1, 0, 1)
+        settings = {**self.settings, "first": tuple(whole[place] for place in places)}
+        return replace(self, sigmas=sigmas, timesteps=timesteps, settings=settings)
 
 
 class NoiseSchedule:
