@@ -179,11 +179,22 @@ class MultiHeadAttention(nn.Module):
         self.to_v = nn.Linear(context_width or width, width, qkv_bias)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
-    def forward(self, hidden: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        context: Tensor | None = None,
+        style: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Attend; `style` lets rows take from others, as `UNet.forward` tells."""
         context = hidden if context is None else context
-        query = split_heads(self.to_q(hidden), self.num_heads)
-        key = split_heads(self.to_k(context), self.num_heads)
-        value = split_heads(self.to_v(context), self.num_heads)
+        query, key, value = self.to_q(hidden), self.to_k(context), self.to_v(context)
+        if style is not None:
+            key_rows, query_rows, share, temperature = style
+            key, value = key[key_rows], value[key_rows]
+            query = query + (query[query_rows] - query) * share[:, None, None].to(query.dtype)
+            # The temperature multiplies the scores, and each row may have another one.
+            query = query * temperature[:, None, None].to(query.dtype)
+        query, key, value = (split_heads(each, self.num_heads) for each in (query, key, value))
         scale = query.shape[-1] ** -0.5
         if self.upcast and query.dtype == torch.float16:
             mixed, _ = attention(query.float(), key.float(), value.float(), scale=scale)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +20,21 @@ from diptych.models.layers import (
     to_tokens,
 )
 
-__all__ = ["INPUTS", "LCM_INPUTS", "OUTPUTS", "SDXL_INPUTS", "UNet", "UNetConfig"]
+__all__ = ["INPUTS", "LCM_INPUTS", "OUTPUTS", "SDXL_INPUTS", "STYLE_INPUTS", "UNet", "UNetConfig"]
 
 INPUTS = {"latents": "B C h w", "timestep": "B", "encoder_hidden_states": "B T D"}
 SDXL_INPUTS = {"text_embeds": "B E", "time_ids": "B 6"}  # besides, where the config wants them
 LCM_INPUTS = {"timestep_cond": "B G"}
+# May be left out. L are the layers of self-attention on the way up, coarsest first.
+STYLE_INPUTS = {
+    "key_rows": "L B",
+    "query_rows": "B",
+    "query_preservation": "L B",
+    "attention_temperature": "L B",
+}
 OUTPUTS = {"noise_pred": "B 4 h w"}
+
+Style = tuple[Tensor, Tensor, Tensor, Tensor]
 
 _TRANSFORMER_EPS = 1e-6  # of the norm before a transformer, whatever `norm_eps` says
 
@@ -106,12 +115,20 @@ class UNet(nn.Module):
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
         timestep_cond: Tensor | None = None,
+        key_rows: Tensor | None = None,
+        query_rows: Tensor | None = None,
+        query_preservation: Tensor | None = None,
+        attention_temperature: Tensor | None = None,
     ) -> Tensor:
         """Map `latents` [B, C, h, w] at `timestep` [B] to `noise_pred` [B, out, h, w].
 
         `encoder_hidden_states` is [B, T, D]. SDXL takes `text_embeds` [B, E] and `time_ids`
-        [B, 6] as well, LCM `timestep_cond` [B, G].
+        [B, 6] as well, LCM `timestep_cond` [B, G]. For style transfer (Chung et al. 2024, StyleID)
+        a row b takes, in layer l of the self-attentions on the way up, keys and values of row
+        `key_rows` [L, B], its query blended with that of row `query_rows` [B] by the share
+        `query_preservation` [L, B], scores times `attention_temperature` [L, B]; all four or none.
         """
+        styles = self._styles(key_rows, query_rows, query_preservation, attention_temperature)
         time = self._embed_time(latents, timestep, text_embeds, time_ids, timestep_cond)
         hidden = self.conv_in(latents)
         skips = [hidden]
@@ -120,9 +137,24 @@ class UNet(nn.Module):
             skips += found
         hidden = self.mid_block(hidden, time, encoder_hidden_states)
         for block in self.up_blocks:
-            hidden = block(hidden, skips, time, encoder_hidden_states)
+            hidden = block(hidden, skips, time, encoder_hidden_states, styles)
         noise_pred: Tensor = self.conv_out(F.silu(self.conv_norm_out(hidden)))
         return noise_pred
+
+    def _styles(
+        self,
+        key_rows: Tensor | None,
+        query_rows: Tensor | None,
+        query_preservation: Tensor | None,
+        attention_temperature: Tensor | None,
+    ) -> Iterator[Style]:
+        if key_rows is None:
+            return iter(())
+        assert query_rows is not None, "style takes all four"
+        assert query_preservation is not None and attention_temperature is not None
+        keys, shares, temperatures = key_rows.long(), query_preservation, attention_temperature
+        rows = query_rows.long()
+        return iter([(keys[n], rows, shares[n], temperatures[n]) for n in range(len(keys))])
 
     def _embed_time(
         self,
@@ -269,12 +301,19 @@ class UpBlock(nn.Module):
         self.attentions = nn.ModuleList(attentions)
         self.upsamplers = nn.ModuleList([] if upsampler is None else [upsampler])
 
-    def forward(self, hidden: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        skips: list[Tensor],
+        time: Tensor,
+        context: Tensor,
+        styles: Iterator[Style],
+    ) -> Tensor:
         """Return the finer map; takes its maps from the end of `skips`."""
         for index, resnet in enumerate(self.resnets):
             hidden = resnet(torch.cat([hidden, skips.pop()], dim=1), time)
             if self.attentions:
-                hidden = self.attentions[index](hidden, context)
+                hidden = self.attentions[index](hidden, context, next(styles, None))
         for upsampler in self.upsamplers:
             # An odd edge was rounded up on the way down: double to what the skip has, not by two.
             hidden = upsampler(hidden, skips[-1].shape[-2:])
@@ -316,7 +355,7 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = _projection(channels, is_linear)
 
-    def forward(self, hidden: Tensor, context: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, context: Tensor, style: Style | None = None) -> Tensor:
         residual, size = hidden, hidden.shape[-2:]
         hidden = self.norm(hidden)
         # The two kinds of checkpoints store the same projection as a 1x1 convolution or a matrix.
@@ -325,7 +364,7 @@ class SpatialTransformer(nn.Module):
         else:
             tokens = to_tokens(self.proj_in(hidden))
         for block in self.transformer_blocks:
-            tokens = block(tokens, context)
+            tokens = block(tokens, context, style)
         if self.is_linear:
             hidden = to_map(self.proj_out(tokens), size)
         else:
@@ -347,8 +386,8 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = GegluFeedForward(width)
 
-    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
-        tokens = tokens + self.attn1(self.norm1(tokens))
+    def forward(self, tokens: Tensor, context: Tensor, style: Style | None = None) -> Tensor:
+        tokens = tokens + self.attn1(self.norm1(tokens), style=style)
         tokens = tokens + self.attn2(self.norm2(tokens), context)
         tokens = tokens + self.ff(self.norm3(tokens))
         return tokens

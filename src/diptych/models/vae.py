@@ -234,9 +234,9 @@ class SpatialAttention(MultiHeadAttention):
         super().__init__(channels, num_heads=1, qkv_bias=True)
         self.group_norm = nn.GroupNorm(num_groups, channels, _EPS)
 
-    def forward(self, hidden: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, context: None = None, style: None = None) -> Tensor:  # type: ignore[override]
         tokens = to_tokens(self.group_norm(hidden))
-        return hidden + to_map(super().forward(tokens, context), hidden.shape[-2:])
+        return hidden + to_map(super().forward(tokens), hidden.shape[-2:])
 
 
 class Downsample(nn.Module):

@@ -7,7 +7,7 @@ may vary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from diptych.runtimes.graph_layers import LayerWriter
 __all__ = ["text_encoder_graph", "unet_graph", "vae_decoder_graph", "vae_encoder_graph"]
 
 Config = Mapping[str, Any]
+Style = tuple[str, str, str, str]
+"""Rows of keys, rows of queries, share of the query, temperature of one layer."""
 
 _VAE_EPS = 1e-6
 _TRANSFORMER_EPS = 1e-6
@@ -119,6 +121,7 @@ class _UNet:
         graph.input("timestep", "FLOAT", ["B"])
         graph.input("encoder_hidden_states", "FLOAT", ["B", "T", config["cross_attention_dim"]])
         time = self.embed_time()
+        styles = self.styles()
         hidden = write.conv("latents", "conv_in", pad=1)
         skips = [hidden]
         levels = range(len(config["block_out_channels"]))
@@ -126,7 +129,7 @@ class _UNet:
             hidden = self.go_down(hidden, time, level, skips)
         hidden = self.turn(hidden, time)
         for level in reversed(levels):
-            hidden = self.go_up(hidden, time, level, skips)
+            hidden = self.go_up(hidden, time, level, skips, styles)
         groups, eps = config["norm_num_groups"], config["norm_eps"]
         hidden = write.silu(write.group_norm(hidden, "conv_norm_out", groups, eps))
         output = graph.output("noise_pred", ["B", config["out_channels"], "h", "w"])
@@ -189,7 +192,39 @@ class _UNet:
         hidden = self.transformer(hidden, level, "mid_block.attentions.0", self.config[depth])
         return self.resnet(hidden, time, "mid_block.resnets.1")
 
-    def go_up(self, hidden: str, time: str, level: int, skips: list[str]) -> str:
+    def styles(self) -> Iterator[Style]:
+        """Write the four inputs of style transfer, neutral by default; yield each layer's part."""
+        graph, config = self.write.graph, self.config
+        has_attention = config["up_attention"] or config["down_attention"]
+        layers = sum(has_attention) * (config["layers_per_block"] + 1)
+        if not layers:
+            return
+        own, none = np.full((layers, 1), -1, np.int64), np.zeros((layers, 1), np.float32)
+        keys = graph.optional("key_rows", "INT64", [layers, "S"], own)
+        rows = graph.optional("query_rows", "INT64", ["S"], own[0])
+        shares = graph.optional("query_preservation", "FLOAT", [layers, "S"], none)
+        factors = graph.optional("attention_temperature", "FLOAT", [layers, "S"], none + 1)
+        zero, one = graph.weight("row.first", np.int64(0)), graph.weight("row.next", np.int64(1))
+        count = graph.add("Squeeze", graph.add("Shape", "latents", end=1))
+        every = graph.add("Range", zero, count, one)
+
+        def chosen(wanted: str) -> str:
+            """Return the rows that are named, a row's own for -1."""
+            return graph.add("Where", graph.add("Less", wanted, zero), every, wanted)
+
+        query_rows = chosen(rows)
+        for layer in range(layers):
+            index = graph.weight(f"layer.{layer}", np.int64(layer))
+            key, share, factor = (
+                graph.add("Gather", each, index, axis=0) for each in (keys, shares, factors)
+            )
+            column = graph.ints(1, 2)
+            numbers = [graph.add("Unsqueeze", each, column) for each in (share, factor)]
+            yield chosen(key), query_rows, numbers[0], numbers[1]
+
+    def go_up(
+        self, hidden: str, time: str, level: int, skips: list[str], styles: Iterator[Style]
+    ) -> str:
         """Write one level on the way up; takes its maps from the end of `skips`."""
         graph, config = self.write.graph, self.config
         path = f"up_blocks.{len(config['block_out_channels']) - 1 - level}"
@@ -198,7 +233,8 @@ class _UNet:
             both = graph.add("Concat", hidden, skips.pop(), axis=1)
             hidden = self.resnet(both, time, f"{path}.resnets.{index}")
             if has_attention:
-                hidden = self.transformer(hidden, level, f"{path}.attentions.{index}")
+                place = f"{path}.attentions.{index}"
+                hidden = self.transformer(hidden, level, place, style=next(styles))
         if level > 0:
             # An odd edge was rounded up on the way down: double to what the skip has, not by two.
             size = graph.add("Shape", skips[-1], start=2, end=4)
@@ -211,7 +247,14 @@ class _UNet:
         groups, eps = self.config["norm_num_groups"], self.config["norm_eps"]
         return _resnet(self.write, hidden, path, groups, eps, time)
 
-    def transformer(self, hidden: str, level: int, path: str, depth: int | None = None) -> str:
+    def transformer(
+        self,
+        hidden: str,
+        level: int,
+        path: str,
+        depth: int | None = None,
+        style: Style | None = None,
+    ) -> str:
         """Write what a map's points see of each other and of the words: [B, C, h, w]."""
         graph, write, config = self.write.graph, self.write, self.config
         heads = config["num_attention_heads"][level]
@@ -220,15 +263,17 @@ class _UNet:
         normed = write.group_norm(hidden, f"{path}.norm", groups, _TRANSFORMER_EPS)
         tokens = write.linear(_to_tokens(graph, normed), f"{path}.proj_in")
         for index in range(depth):
-            tokens = self.transformer_block(tokens, heads, f"{path}.transformer_blocks.{index}")
+            block = f"{path}.transformer_blocks.{index}"
+            tokens = self.transformer_block(tokens, heads, block, style)
         tokens = write.linear(tokens, f"{path}.proj_out")
         return graph.add("Add", _to_map(graph, tokens, hidden), hidden)
 
-    def transformer_block(self, tokens: str, heads: int, path: str) -> str:
+    def transformer_block(self, tokens: str, heads: int, path: str, style: Style | None) -> str:
         graph, write = self.write.graph, self.write
         for number, context in ((1, None), (2, "encoder_hidden_states")):
             normed = write.norm(tokens, f"{path}.norm{number}", _LAYER_NORM_EPS)
-            mixed = _attend(write, normed, context or normed, f"{path}.attn{number}", heads)
+            place, taken = f"{path}.attn{number}", None if context else style
+            mixed = _attend(write, normed, context or normed, place, heads, taken)
             tokens = graph.add("Add", tokens, mixed)
         normed = write.norm(tokens, f"{path}.norm3", _LAYER_NORM_EPS)
         wide = write.linear(normed, f"{path}.ff.net.0.proj")
@@ -356,12 +401,28 @@ def _resnet(
     return graph.add("Add", hidden, residual)
 
 
-def _attend(write: LayerWriter, hidden: str, context: str, path: str, heads: int) -> str:
-    """Write attention of `hidden` [B, T, D] to `context` [B, S, E]."""
+def _attend(
+    write: LayerWriter,
+    hidden: str,
+    context: str,
+    path: str,
+    heads: int,
+    style: Style | None = None,
+) -> str:
+    """Write attention of `hidden` [B, T, D] to `context` [B, S, E]; `style` as in the module."""
     parts = []
     for name, seen in (("to_q", hidden), ("to_k", context), ("to_v", context)):
         has_bias = f"{path}.{name}.bias" in write.source
         parts.append((write.linear if has_bias else write.matmul)(seen, f"{path}.{name}"))
+    if style is not None:
+        graph, (key_rows, query_rows, share, temperature) = write.graph, style
+        query = parts[0]
+        difference = graph.add("Sub", graph.add("Gather", query, query_rows), query)
+        query = graph.add("Add", query, graph.add("Mul", difference, share))
+        parts = [
+            graph.add("Mul", query, temperature),
+            *(graph.add("Gather", each, key_rows) for each in parts[1:]),
+        ]
     size = len(write.source[f"{path}.to_q.weight"]) // heads
     mixed = write.graph.add(".MultiHeadAttention", *parts, num_heads=heads, scale=size**-0.5)
     return write.linear(mixed, f"{path}.to_out.0")

@@ -59,6 +59,11 @@ class Graph:
         self.inputs[name] = (kind, shape)
         return name
 
+    def optional(self, name: str, kind: str, shape: Shape, default: NDArray[Any]) -> str:
+        """Add an input that may be left out; `default` stands for it then."""
+        self.weight(name, default)
+        return self.input(name, kind, shape)
+
     def output(self, name: str, shape: Shape) -> str:
         self.outputs[name] = ("FLOAT", shape)
         return name

@@ -192,9 +192,20 @@ class OnnxNetwork:
         if missing := [name for name in self.inputs if arrays.get(name) is None]:
             raise BadInput(f"{self._path.name} needs {missing[0]}, which was not given")
         given: dict[str, Any] = {"clip_skip": 0, **arrays}
+        if (
+            unknown := arrays.keys()
+            - session.kinds.keys()
+            - session.optional.keys()
+            - {"clip_skip"}
+        ):
+            raise UnsupportedModel(
+                f"{self._path} has no input {min(unknown)}: export the model anew, or load it with "
+                "runtime='torch'"
+            )
         feed = {
             name: np.asarray(given[name], np.int64 if kind == "tensor(int64)" else np.float32)
-            for name, kind in session.kinds.items()
+            for name, kind in {**session.kinds, **session.optional}.items()
+            if name in session.kinds or name in given
         }
         return session.compute(feed, names)
 
@@ -226,6 +237,9 @@ class Session:
         self.inputs = {each.name: tuple(each.shape) for each in self._session.get_inputs()}
         self.outputs = {each.name: tuple(each.shape) for each in self._session.get_outputs()}
         self.kinds = {each.name: each.type for each in self._session.get_inputs()}
+        self.optional = {
+            each.name: each.type for each in self._session.get_overridable_initializers()
+        }
         if needed not in self.inputs:
             raise UnsupportedModel(f"{path} has no input {needed}: it was not exported by diptych")
         self._run_options = onnxruntime.RunOptions()

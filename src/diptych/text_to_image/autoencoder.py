@@ -34,7 +34,7 @@ class Autoencoder:
     ) -> None:
         self._networks, self._name = networks, name
         halvings = len(config["block_out_channels"]) - 1
-        self.downsampling = int(config.get("patch_size", 1)) * 2**halvings
+        self.downsampling = int(config.get("patch_size", 1)) << halvings
         self.latent_channels = int(config.get("latent_channels", 4))
         self._scaling_factor = float(config.get("scaling_factor", 0.18215))
         self._shift_factor = float(config.get("shift_factor", 0.0))

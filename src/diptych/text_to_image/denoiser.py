@@ -27,6 +27,7 @@ __all__ = [
     "Guided",
     "KeepOutside",
     "build_denoiser",
+    "concatenate",
     "guidance_embedding",
 ]
 
@@ -100,9 +101,9 @@ class EpsDenoiser:
         context = conditioning["encoder_hidden_states"]
         fed = latents / math.hypot(sigma, 1)
         if self.extra:
-            fed = _concatenate([fed, *self.extra], 1)
+            fed = concatenate([fed, *self.extra], 1)
         if len(context) > len(fed):
-            fed = _concatenate([fed] * (len(context) // len(fed)), 0)
+            fed = concatenate([fed] * (len(context) // len(fed)), 0)
         timestep = _filled(len(fed), self.steps.timestep(sigma), like=fed)
         (output,) = self.unet(latents=fed, timestep=timestep, **conditioning)
         return _float32(output)
@@ -145,7 +146,7 @@ class Guided:
         alike = all(self._negative[name].shape == positive[name].shape for name in positive)
         if alike and not one_by_one and guidance_scale > 1:
             self._both = {
-                name: _concatenate([self._negative[name], positive[name]], 0) for name in positive
+                name: concatenate([self._negative[name], positive[name]], 0) for name in positive
             }
 
     def __call__(self, latents: Array, sigma: float) -> Array:
@@ -242,7 +243,8 @@ def _spread(output: Array) -> Array:
     return (centred * centred).mean(axis=axes, keepdims=True) ** 0.5
 
 
-def _concatenate(arrays: Sequence[Array], axis: int) -> Array:
+def concatenate(arrays: Sequence[Array], axis: int = 0) -> Array:
+    """Join arrays of one kind along `axis`."""
     if isinstance(arrays[0], np.ndarray):
         return np.concatenate(arrays, axis)
     import torch

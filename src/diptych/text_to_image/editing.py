@@ -26,8 +26,16 @@ from diptych.text_to_image.options import (
     parse_sides,
 )
 from diptych.text_to_image.orders import Source, Subject
+from diptych.text_to_image.style_options import StyleOptions
 
-__all__ = ["Native", "image_subjects", "inpaint_subjects", "is_one_picture", "spread"]
+__all__ = [
+    "Native",
+    "image_subjects",
+    "inpaint_subjects",
+    "is_one_picture",
+    "spread",
+    "style_subjects",
+]
 
 T = TypeVar("T")
 
@@ -126,7 +134,7 @@ def _inpaint_subject(
         pixels = to_pixel_values(fit(_opaque(original), size))
         source = Source(pixels, finish=lambda drawn: original)
         return Subject(prompt, still, (*notes, note), source)
-    frame = _Frame.around(region, asked, native)
+    frame = _Frame.around(region, asked, native, asked.padding_mask_crop)
     options, more = _resolved(asked, frame.size, native)
     pixels = to_pixel_values(frame.take(_opaque(original)))
     levels = frame.take(Image.fromarray((mask * 255).astype(np.uint8)))
@@ -143,6 +151,69 @@ def _inpaint_subject(
         return paste_back(original, painted, weights)
 
     source = Source(pixels, drawn_mask, asked.soft_mask, finish)
+    return Subject(prompt, options, (*notes, *more), source)
+
+
+def style_subjects(
+    contents: Iterable[ImageInput],
+    styles: Sequence[ImageInput],
+    mask_image: ImageInput | None,
+    prompt: str,
+    asked: StyleOptions,
+    native: Native,
+) -> Iterator[Subject]:
+    """Yield what takes on the styles; pixels are those of the content, then of each style.
+
+    With a mask the content comes back in its own size, the same bit for bit outside of it.
+    """
+    opened = [open_image(style) for style in styles]
+    for content in contents:
+        try:
+            yield _style_subject(content, opened, mask_image, prompt, asked, native)
+        except DiptychError as error:
+            yield _impossible(prompt, asked, native, error)
+
+
+def _style_subject(
+    content: ImageInput,
+    styles: Sequence[Image.Image],
+    mask_image: ImageInput | None,
+    prompt: str,
+    asked: StyleOptions,
+    native: Native,
+) -> Subject:
+    original = open_image(content, alpha="keep")
+    notes: tuple[str, ...] = ()
+    if mask_image is None:
+        mask = np.ones((original.height, original.width), np.float32)
+        size = native.size_for(original.size, asked.width, asked.height)
+        frame = _Frame((0, 0, *original.size), size, asked.resize_mode)
+        if asked.width is None and asked.height is None and _is_less(size, original.size):
+            notes = (_smaller(original.size, size),)
+    else:
+        mask, notes = open_mask(
+            mask_image, original.size, asked.mask_from, invert=asked.invert_mask
+        )
+        mask = (mask >= 0.5).astype(np.float32)
+        frame = _Frame.around(mask > 0, asked, native)
+    options, more = _resolved(asked, frame.size, native)
+    fitted = [frame.take(_opaque(original)), *(fit(each, frame.size, "crop") for each in styles)]
+    pixels = np.stack([to_pixel_values(each) for each in fitted])
+    if not asked.is_neutral and any(np.array_equal(pixels[0], each) for each in pixels[1:]):
+        raise BadInput(
+            "the style is the same picture as the content: there is no style to take; give another"
+        )
+    if mask_image is None:
+        return Subject(prompt, options, (*notes, *more), Source(pixels))
+    drawn_mask = np.asarray(frame.take(Image.fromarray((mask * 255).astype(np.uint8))))
+    weights = frame.within(seam(mask > 0, options.mask_blur))
+
+    def finish(drawn: Image.Image) -> Image.Image:
+        painted = Image.new("RGB", original.size)
+        painted.paste(frame.give_back(drawn), frame.box[:2])
+        return paste_back(original, painted, weights)
+
+    source = Source(pixels, (drawn_mask >= 128).astype(np.float32), False, finish)
     return Subject(prompt, options, (*notes, *more), source)
 
 
@@ -188,13 +259,22 @@ class _Frame:
     mode: str
 
     @classmethod
-    def around(cls, region: NDArray[np.bool_], asked: InpaintOptions, native: Native) -> _Frame:
-        """Choose the part and the size for a `region` [H, W] that is to be painted."""
+    def around(
+        cls,
+        region: NDArray[np.bool_],
+        asked: ImageToImageOptions,
+        native: Native,
+        padding: int | None = None,
+    ) -> _Frame:
+        """Choose the part and the size for a `region` [H, W] that is to be painted.
+
+        With a number of `padding` pixels the part is what lies around the region.
+        """
         height, width = region.shape
-        if asked.padding_mask_crop is not None:
+        if padding is not None:
             aim = asked.width or native.width, asked.height or native.height
             size = native.size_for(aim, *aim)
-            return cls(crop_region(region, asked.padding_mask_crop, size), size, "pad")
+            return cls(crop_region(region, padding, size), size, "pad")
         size = native.size_for((width, height), asked.width, asked.height)
         multiple = native.multiple_of
         if asked.width is None and asked.height is None and not _is_less(size, (width, height)):

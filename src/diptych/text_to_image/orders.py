@@ -20,9 +20,9 @@ __all__ = ["Order", "Source", "Subject", "as_noise", "is_single", "take_orders"]
 class Source:
     """Hold the picture that another is made from, at the size it is drawn in.
 
-    `pixel_values` are float32 [3, H, W] in -1..1; `mask` float32 [H, W], 1 where to repaint, None
-    for everywhere; with `is_soft` its greys say how much may change. `finish` makes the result out
-    of what was drawn.
+    `pixel_values` are float32 [3, H, W] in -1..1, or [1 + S, 3, H, W] of content and styles;
+    `mask` float32 [H, W] is 1 where to repaint, None for everywhere; with `is_soft` its greys say
+    how much may change. `finish` makes the result out of what was drawn.
     """
 
     pixel_values: NDArray[np.float32]

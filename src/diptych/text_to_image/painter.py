@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
@@ -29,6 +29,8 @@ from diptych.text_to_image.previews import DenoisingStep
 from diptych.text_to_image.prompts import PromptPair, encode_prompts
 from diptych.text_to_image.samplers import NoiseSource
 from diptych.text_to_image.schedules import NoiseSchedule, Steps
+from diptych.text_to_image.style import Stylist
+from diptych.text_to_image.style_options import StyleOptions
 from diptych.weights.diffusion import GeneratorFolder
 
 __all__ = ["Call", "Event", "OnError", "Painter"]
@@ -87,6 +89,23 @@ class Painter:
                     made |= self._finish(call, batch)
             yield from (made[place] for place in sorted(made))
 
+    def restyle(self, call: Call, weights: Sequence[float]) -> Iterator[Event]:
+        """Yield every step of style transfers, there and back, and every finished picture.
+
+        `weights` tell how much each style counts.
+        """
+        stylist = Stylist(
+            self._networks, self._model.configs["unet"], self._schedule, self._autoencoder
+        )
+        for order in call.orders:
+            try:
+                if order.error is not None:
+                    raise order.error
+                latents = yield from self._restyle(stylist, order, weights)
+                yield self._picture(latents, order)
+            except DiptychError as error:
+                yield self._failed(call, order, error)
+
     def steps(self, options: GenerateOptions) -> Steps:
         """Return all the steps of a run; raises `BadInput` for options that do not go together."""
         assert options.sampler is not None and options.num_inference_steps is not None
@@ -128,6 +147,37 @@ class Painter:
         ]
         return told[0], told[1] if len(told) > 1 else None
 
+    def _restyle(
+        self, stylist: Stylist, order: Order, weights: Sequence[float]
+    ) -> Generator[DenoisingStep, None, Array]:
+        """Yield the steps of one style transfer and return its latents."""
+        assert order.source is not None and isinstance(order.options, StyleOptions)
+        plain = replace(order, prompt="", options=order.options.replace(guidance_scale=0.0))
+        empty, _ = self.condition(plain)
+        prompt, negative = self.condition(order) if order.prompt.strip() else (None, None)
+        if prompt is not None:
+            # A long prompt takes several chunks of words: as many of none stand beside it.
+            words = "encoder_hidden_states"
+            longer = prompt[words].shape[1] // empty[words].shape[1]
+            empty = {**empty, words: np.tile(empty[words], (1, longer, 1))}
+        source, latents = order.source, None
+        run = stylist.run(
+            source.pixel_values, weights, order.options, (empty, prompt, negative), source.mask
+        )
+        for index, total, sigma, step in run:
+            latents = step.latents
+            yield DenoisingStep(
+                index=index,
+                total=total,
+                sigma=sigma,
+                latents=step.latents,
+                denoised=step.denoised,
+                orders=(order,),
+                _show=self._autoencoder.show,
+                _finish=lambda latents, row: self._picture(latents[[row]], order),
+            )
+        return latents
+
     # Hops of a picture ------------------------------------------------------------------------
 
     def _some(self, call: Call) -> list[Order]:
@@ -152,7 +202,7 @@ class Painter:
         if order.error is not None:
             raise order.error
         row = Row(place, order, *self.condition(order))
-        source, takes_mask, encode = order.source, self._takes_mask(), self._autoencoder.encode
+        source, takes_mask, encode = order.source, self.takes_mask(), self._autoencoder.encode
         everywhere = np.ones(self._pixels(order.options), np.float32)
         if source is None:
             if not takes_mask:
@@ -176,7 +226,7 @@ class Painter:
         assert options.width is not None and options.height is not None
         return options.height, options.width
 
-    def _takes_mask(self) -> bool:
+    def takes_mask(self) -> bool:
         """Tell a UNet that is told where to paint, by 9 channels, from an ordinary one."""
         own = self._autoencoder.latent_channels
         channels = int(self._model.configs["unet"].get("in_channels", own))
