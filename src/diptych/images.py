@@ -907,16 +907,23 @@ def _labelled(image: Image.Image, label: str) -> Image.Image:
 
 
 def contact_sheet(
-    panels: Sequence[Image.Image], columns: int, *, max_side: int = 640
+    panels: Sequence[Image.Image],
+    columns: int,
+    *,
+    max_side: int = 640,
+    labels: Sequence[str] = (),
 ) -> Image.Image:
-    """Join pictures row by row on a white sheet; each is shrunk to at most `max_side` a side."""
+    """Join pictures row by row on a white sheet; each is shrunk to at most `max_side` a side.
+
+    `labels` are written below them, one for each.
+    """
     if not panels or columns < 1 or max_side < 1:
         raise BadInput(f"a contact sheet needs panels and columns: {len(panels)}, {columns}")
     cells = []
-    for panel in panels:
+    for index, panel in enumerate(panels):
         cell = panel.convert("RGB")
         cell.thumbnail((max_side, max_side))
-        cells.append(cell)
+        cells.append(_labelled(cell, labels[index]) if index < len(labels) else cell)
     columns = min(columns, len(cells))
     gap = 4
     width = max(cell.width for cell in cells) + gap

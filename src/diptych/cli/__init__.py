@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from diptych.cli import caption, evaluate, evaluate_images, generate, models
+from diptych.cli import caption, edit, evaluate, evaluate_images, generate, models
 from diptych.cli.terminal import FAILED, INTERRUPTED, USAGE, complain
 from diptych.errors import BadImage, BadInput, DiptychError
 
@@ -31,6 +31,9 @@ app = typer.Typer(
 
 app.command()(caption.caption)
 app.command()(generate.generate)
+app.command()(edit.img2img)
+app.command()(edit.inpaint)
+app.command()(edit.stylize)
 app.command()(models.export)
 app.command()(models.models)
 evaluate.app.command("images")(evaluate_images.evaluate_images)

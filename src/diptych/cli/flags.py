@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from importlib import import_module
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Optional, get_type_hints
 
 import typer
 
@@ -37,6 +37,9 @@ Output = Annotated[Format, typer.Option("--format", "-f", help="How to print the
 _PANELS = {
     "CaptionOptions": "diptych.image_to_text.options",
     "GenerateOptions": "diptych.text_to_image.options",
+    "ImageToImageOptions": "diptych.text_to_image.options",
+    "InpaintOptions": "diptych.text_to_image.options",
+    "StyleOptions": "diptych.text_to_image.style_options",
 }
 
 
@@ -44,12 +47,13 @@ _SHORTER = {"num_inference_steps": "--steps"}
 
 
 def with_options(
-    kind: str, without: tuple[str, ...] = ()
+    kind: str, without: tuple[str, ...] = (), shared: tuple[str, type] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a verb one flag for each field of the options dataclass named `kind`.
 
     The verb receives the filled dataclass as its argument `options`. The fields `without` mean
-    nothing to the verb and get no flag.
+    nothing to the verb and get no flag. `shared` names another argument and its dataclass, whose
+    fields are flags that several verbs have.
     """
 
     def decorate(verb: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,6 +63,10 @@ def with_options(
                 for field in fields()
                 if (value := values.pop(field.name)) is not None
             }
+            if shared is not None:
+                name, group = shared
+                own = {field.name for field in dataclasses.fields(group)}
+                values[name] = group(**{each: values.pop(each) for each in own})
             return verb(options=options_class()().replace(**asked), **values)
 
         def fields() -> list[Any]:
@@ -68,15 +76,30 @@ def with_options(
             return getattr(import_module(_PANELS[kind]), kind)
 
         signature = inspect.signature(verb, eval_str=True)
-        own = [p for p in signature.parameters.values() if p.name != "options"]
+        given = ("options", shared[0]) if shared is not None else ("options",)
+        own = [p for p in signature.parameters.values() if p.name not in given]
         flags = [_flag(field) for field in fields()]
-        parameters = [*own, *flags]
+        parameters = [*own, *([] if shared is None else _fields_as_flags(shared[1])), *flags]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         run.__name__, run.__doc__ = verb.__name__, verb.__doc__
         return run
 
     return decorate
+
+
+def _fields_as_flags(group: type) -> list[inspect.Parameter]:
+    """Describe the fields of a dataclass, annotated as arguments of a verb would be."""
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=hints[field.name],
+        )
+        for field in dataclasses.fields(group)
+    ]
 
 
 def _flag(field: Any) -> inspect.Parameter:

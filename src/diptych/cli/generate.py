@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import io
-import json
-import math
-import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional, Protocol
+from typing import Annotated, Any, Optional
 
 import typer
 
-from diptych.cli.flags import Device, Dtype, Model, Output, Revision, Runtime, with_options
-from diptych.cli.terminal import FAILED, SOME_FAILED, Format, check_writable, complain
-from diptych.errors import BadInput, DiptychError
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from diptych.text_to_image.generated_image import GeneratedImage
-    from diptych.text_to_image.previews import DenoisingStep
+from diptych.cli.drawing import Drawing, FileNames, listing, steps_bar, work, write_sheet
+from diptych.cli.flags import with_options
+from diptych.cli.terminal import FAILED, SOME_FAILED, complain
+from diptych.errors import BadInput
 
 __all__ = ["generate"]
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-_PREVIEW_EVERY_S = 0.5
-_SLUG_BYTES = 60
 
-
-@with_options("GenerateOptions", without=("strength",))
+@with_options("GenerateOptions", without=("strength",), shared=("drawing", Drawing))
 def generate(
     prompts: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -40,120 +26,36 @@ def generate(
     ] = None,
     *,
     options: Any,
-    output: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--output", "-o", help="A file (png, jpg, webp), or a folder; else here."),
-    ] = None,
+    drawing: Drawing,
     prompts_file: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--prompts", help="A text file with more prompts, one a line."),
     ] = None,
-    grid: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Draw all pictures on one sheet, and write it there."),
-    ] = None,
-    preview: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="While at work, keep a blurred picture of what is to come there."),
-    ] = None,
-    lora: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="A LoRA file, or FILE:SCALE; may be given several times."),
-    ] = None,
-    embedding: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Option(help="A learned word (textual inversion); may be given several times."),
-    ] = None,
-    model: Model = "default",
-    format: Output = Format.text,
     batch_size: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Pictures made together; else what fits the size."),
     ] = None,
-    verbose: Annotated[
-        bool,
-        typer.Option("--verbose", "-v", help="Say where it runs, and how long it took."),
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")] = False,
-    runtime: Runtime = "auto",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    revision: Revision = None,
 ) -> None:
     """Draw what words say."""
     wanted = read_prompts(prompts or [], prompts_file)
     pictures = len(wanted) * options.num_images_per_prompt
-    names = FileNames(output, pictures)
-    for path in (grid, preview):
-        if path is not None:
-            check_writable(path, PICTURES)
-    from diptych.text_to_image.generator import ImageGenerator
-
-    generator = ImageGenerator.load(
-        model, runtime=runtime, device=device, dtype=dtype, revision=revision
-    )
-    if verbose:
-        complain(f"{generator.model.name}: {generator.networks.reason}")
-    for each in lora or []:
-        generator.load_lora(*lora_and_scale(each))
-    for path in embedding or []:
-        word = generator.load_textual_inversion(path)
-        if verbose:
-            complain(f"learned word: {word}")
+    names = FileNames(drawing.output, pictures)
+    drawing.check()
+    generator = drawing.open()
     started = time.perf_counter()
     events = generator.follow(wanted, options, batch_size=batch_size)
-    with listing(format) as tell, steps_bar(pictures, hide=quiet) as advance:
-        made, failed = work(events, names, tell, advance, preview)
-    if verbose:
+    with listing(drawing.format) as tell, steps_bar(pictures, hide=drawing.quiet) as advance:
+        made, failed = work(
+            *(events, lambda each: names.next(each.prompt, each.seed), tell, advance),
+            drawing.preview,
+        )
+    if drawing.verbose:
         complain(f"{len(made)} of {pictures} in {time.perf_counter() - started:.1f} s")
-    if grid is not None and made:
-        write_sheet([picture.image for picture in made], grid)
-        complain(f"grid: {grid}")
+    if drawing.grid is not None and made:
+        write_sheet([picture.image for picture in made], drawing.grid)
+        complain(f"grid: {drawing.grid}")
     if failed or len(made) < pictures:
         raise typer.Exit(SOME_FAILED if made else FAILED)
-
-
-def work(
-    events: Iterator[DenoisingStep | GeneratedImage],
-    names: FileNames,
-    tell: Tell,
-    advance: Advance,
-    preview: Path | None,
-) -> tuple[list[GeneratedImage], int]:
-    """Save each picture as it is finished; return those saved, and how many failed.
-
-    A picture that cannot be saved ends the work: the next would meet the same full disk.
-    """
-    from diptych.text_to_image.generated_image import GeneratedImage
-
-    made: list[GeneratedImage] = []
-    failed, shown = 0, 0.0
-    noted: set[str] = set()
-    for event in events:
-        if not isinstance(event, GeneratedImage):
-            advance(event)
-            if preview is not None and time.monotonic() - shown > _PREVIEW_EVERY_S:
-                write_sheet(event.previews(), preview)
-                shown = time.monotonic()
-            continue
-        for note in event.notes:
-            if note not in noted:
-                noted.add(note)
-                complain(note)
-        if event.error is not None:
-            failed += 1
-            complain(f"{event.prompt[:60]!r}: {event.error}")
-            tell(event.as_dict(), None)
-            continue
-        path = names.next(event.prompt, event.seed)
-        try:
-            event.save(path)
-        except DiptychError as error:
-            complain(str(error))
-            return made, failed + 1
-        made.append(event)
-        tell(event.as_dict(), path)
-    return made, failed
 
 
 def read_prompts(arguments: Sequence[str], file: Path | None) -> list[str]:
@@ -188,145 +90,3 @@ def _lines(data: bytes, name: str) -> list[str]:
     except UnicodeDecodeError as error:
         raise BadInput(f"{name}: prompts are read as UTF-8 text, and this is none") from error
     return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def lora_and_scale(text: str) -> tuple[str, float]:
-    """Split FILE:SCALE; the scale of a file alone is 1."""
-    path, _, scale = text.rpartition(":")
-    try:
-        return (path, float(scale)) if path else (text, 1.0)
-    except ValueError:
-        return text, 1.0
-
-
-class FileNames:
-    """Think of a name for each picture; only a name that was given in full is ever used again."""
-
-    def __init__(self, output: Path | None, pictures: int) -> None:
-        self.folder, self.file, self.several = Path(), None, pictures > 1
-        self.number = 0
-        self.digits = max(4, len(str(pictures)))
-        if output is not None and _is_file_name(output):
-            check_writable(output, PICTURES)
-            self.folder, self.file = output.parent, output
-        elif output is not None:
-            self.folder = output
-            try:
-                output.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise BadInput(f"{output}: is no folder, nor can be ({error.strerror})") from error
-        self.in_folder = output is not None and self.file is None
-
-    def next(self, prompt: str, seed: int) -> Path:
-        """Return the path of the next picture."""
-        self.number += 1
-        if self.file is not None and not self.several:
-            return self.file
-        if self.file is not None:
-            stem, suffix = f"{self.file.stem}-{self.number}", self.file.suffix
-        else:
-            stem, suffix = f"{slug(prompt)}-{seed}", ".png"
-        if self.in_folder:
-            stem = f"{self.number:0{self.digits}}-{stem}"
-        path, again = self.folder / f"{stem}{suffix}", 1
-        while path.exists() or path.is_symlink():
-            again += 1
-            path = self.folder / f"{stem}-{again}{suffix}"
-        return path
-
-
-def _is_file_name(output: Path) -> bool:
-    return not output.is_dir() and output.suffix != ""
-
-
-def slug(prompt: str) -> str:
-    """Return the words of a prompt as a part of a file name, at most 60 bytes."""
-    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")
-    short = words.encode("utf-8", "replace")[:_SLUG_BYTES].decode("utf-8", "ignore").strip("-_")
-    return short or "picture"
-
-
-class Tell(Protocol):
-    """Print one picture: its settings, and the file it is in."""
-
-    def __call__(self, record: dict[str, Any], path: Path | None) -> None: ...
-
-
-@contextmanager
-def listing(format: Format) -> Iterator[Tell]:
-    """Print what was made as it comes: names, or JSON, which stays whole when interrupted."""
-    count = 0
-
-    def tell(record: dict[str, Any], path: Path | None) -> None:
-        nonlocal count
-        if format is Format.text:
-            if path is not None:
-                print(path, flush=True)
-            return
-        line = json.dumps({"file": path and str(path), **record}, ensure_ascii=False)
-        if format is Format.json:
-            line = ("[\n" if count == 0 else ",\n") + line
-        print(line, end="" if format is Format.json else "\n", flush=True)
-        count += 1
-
-    try:
-        yield tell
-    finally:
-        if format is Format.json:
-            print("\n]" if count else "[]", flush=True)
-
-
-class Advance(Protocol):
-    """Take note of a denoising step."""
-
-    def __call__(self, step: DenoisingStep) -> None: ...
-
-
-@contextmanager
-def steps_bar(pictures: int, *, hide: bool) -> Iterator[Advance]:
-    """Show a bar on stderr that counts steps and tells the time left, if somebody is there."""
-    if hide or sys.stderr is None or not sys.stderr.isatty():
-        yield lambda step: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("step {task.fields[step]}"),
-        TextColumn("· {task.fields[done]} of {task.fields[pictures]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("drawing", total=None, step="", done=0, pictures=pictures)
-        done = 0
-
-        def advance(step: DenoisingStep) -> None:
-            nonlocal done
-            bar.update(
-                task,
-                description=step.prompts[0][:32],
-                total=pictures * step.total,
-                completed=done * step.total + (step.index + 1) * len(step.orders),
-                step=f"{step.index + 1}/{step.total}",
-                done=done,
-            )
-            done += len(step.orders) if step.is_last else 0
-
-        yield advance
-
-
-def write_sheet(pictures: Sequence[Image.Image], path: Path) -> None:
-    """Write pictures as one, in rows and columns of about the same number."""
-    from PIL import Image
-
-    from diptych.images import contact_sheet
-    from diptych.text_to_image.generated_image import write_whole
-
-    sheet = pictures[0]
-    if len(pictures) > 1:
-        sheet = contact_sheet(pictures, columns=math.ceil(math.sqrt(len(pictures))))
-    data = io.BytesIO()
-    sheet.save(data, Image.registered_extensions()[path.suffix.lower()])
-    write_whole(path, data.getvalue())
