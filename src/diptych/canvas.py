@@ -43,13 +43,27 @@ def fit(image: Image.Image, size: tuple[int, int], mode: str = "resize") -> Imag
     scaled = image.resize(inner, Image.Resampling.LANCZOS)
     if mode == "crop":
         return scaled.crop((-left, -top, width - left, height - top))
+    canvas = Image.new(scaled.mode, size)
+    canvas.paste(scaled, (left, top))
     right, bottom = width - left - inner[0], height - top - inner[1]
-    return _with_edges(scaled, (left, top, right, bottom))
+    # What a resize makes of an edge alone: boxes without width or height.
+    for strip, box, place in (
+        ((left, height), (0, 0, 0, inner[1]), (0, 0)),
+        ((right, height), (inner[0], 0, inner[0], inner[1]), (left + inner[0], 0)),
+        ((width, top), (0, 0, inner[0], 0), (0, 0)),
+        ((width, bottom), (0, inner[1], inner[0], inner[1]), (0, top + inner[1])),
+    ):
+        if min(strip) > 0:
+            canvas.paste(scaled.resize(strip, box=box), place)
+    return canvas
 
 
 def extend(image: Image.Image, sides: Mapping[str, int]) -> Image.Image:
     """Return a larger picture: `sides` (left, top, right, bottom) pixels more, edges repeated."""
-    return _with_edges(image, tuple(sides.get(side, 0) for side in _SIDES))
+    left, top, right, bottom = (sides.get(side, 0) for side in _SIDES)
+    values = np.asarray(image)
+    more = [(top, bottom), (left, right), (0, 0)][: values.ndim]
+    return Image.fromarray(np.pad(values, more, mode="edge"))
 
 
 def to_pixel_values(image: Image.Image) -> NDArray[np.float32]:
@@ -104,10 +118,3 @@ def _widened(low: int, high: int, wanted: float, most: int) -> tuple[int, int]:
     if low < 0:
         low, high = 0, high - low
     return low, min(high, most)
-
-
-def _with_edges(image: Image.Image, added: tuple[int, ...]) -> Image.Image:
-    left, top, right, bottom = added
-    values = np.asarray(image)
-    more = [(top, bottom), (left, right), (0, 0)][: values.ndim]
-    return Image.fromarray(np.pad(values, more, mode="edge"))

@@ -197,12 +197,17 @@ def _style_subject(
         mask = (mask >= 0.5).astype(np.float32)
         frame = _Frame.around(mask > 0, asked, native)
     options, more = _resolved(asked, frame.size, native)
-    fitted = [frame.take(_opaque(original)), *(fit(each, frame.size, "crop") for each in styles)]
+    plain = _opaque(original)
+    fitted = [frame.take(plain)]
+    for each in styles:
+        is_same = each.size == plain.size and each.tobytes() == plain.tobytes()
+        if is_same and not asked.is_neutral:
+            raise BadInput(
+                "the style is the same picture as the content: there is no style to take; give "
+                "another"
+            )
+        fitted.append(fitted[0] if is_same else fit(each, frame.size, "crop"))
     pixels = np.stack([to_pixel_values(each) for each in fitted])
-    if not asked.is_neutral and any(np.array_equal(pixels[0], each) for each in pixels[1:]):
-        raise BadInput(
-            "the style is the same picture as the content: there is no style to take; give another"
-        )
     if mask_image is None:
         return Subject(prompt, options, (*notes, *more), Source(pixels))
     drawn_mask = np.asarray(frame.take(Image.fromarray((mask * 255).astype(np.uint8))))

@@ -322,6 +322,8 @@ class ImageGenerator:
                 f"{self.model.name} is made for inpainting: take an ordinary model for style"
             )
         styles = cast("list[ImageInput]", [style] if is_one_picture(style) else list(style))  # type: ignore[arg-type]
+        if not styles:
+            raise BadInput("no style is given: give at least one picture")
         weights = normalised(style_weights, len(styles))
         contents = [content] if is_one_picture(content) else content
         defaults = {**self._defaults, "guidance_scale": None}
