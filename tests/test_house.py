@@ -52,6 +52,7 @@ TORCH_LINE = (
     "models",
     "weights.load",
     "weights.load_generator",
+    "weights.load_metric",
     "weights.load_module",
     "weights.save",
     "weights.save_generator",

@@ -12,7 +12,15 @@ from typing import Annotated
 
 import typer
 
-from diptych.cli import caption, edit, evaluate, evaluate_images, generate, models
+from diptych.cli import (
+    caption,
+    edit,
+    evaluate,
+    evaluate_images,
+    evaluate_style,
+    generate,
+    models,
+)
 from diptych.cli.terminal import FAILED, INTERRUPTED, USAGE, complain
 from diptych.errors import BadImage, BadInput, DiptychError
 
@@ -37,6 +45,7 @@ app.command()(edit.stylize)
 app.command()(models.export)
 app.command()(models.models)
 evaluate.app.command("images")(evaluate_images.evaluate_images)
+evaluate.app.command("style")(evaluate_style.evaluate_style)
 app.add_typer(evaluate.app, name="evaluate")
 
 

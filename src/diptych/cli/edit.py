@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from diptych.text_to_image.generator import ImageGenerator
     from diptych.text_to_image.painter import Event
 
-__all__ = ["img2img", "inpaint", "stylize"]
+__all__ = ["NOT_OF_STYLE", "img2img", "inpaint", "stylize"]
 
 Pictures = Annotated[
     list[str], typer.Argument(help="Files, folders, globs, or - for standard input.")
@@ -77,13 +77,13 @@ def inpaint(
 
 
 # What only chance and other samplers would need.
-_NOT_OF_STYLE = (
+NOT_OF_STYLE = (
     *("strength", "num_inference_steps", "seed", "num_images_per_prompt", "sampler", "schedule"),
     *("timestep_spacing", "eta", "noise_source", "guidance_rescale"),
 )
 
 
-@with_options("StyleOptions", without=_NOT_OF_STYLE, shared=("drawing", Drawing))
+@with_options("StyleOptions", without=NOT_OF_STYLE, shared=("drawing", Drawing))
 def stylize(
     pictures: Pictures,
     *,
