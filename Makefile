@@ -23,8 +23,10 @@ demo: $(DEMO)/.installed ## caption the sample photos, draw a sheet of pictures 
 	@if [ -f src/diptych/weights/embedded/generator/artifact.json ]; then \
 	  rm -f demo/*.png; \
 	  $(DEMO)/bin/diptych generate --prompts examples/prompts.txt --seed 1 --output demo \
-	    --grid demo/sheet.png >/dev/null && \
-	  echo "pictures of the lines in examples/prompts.txt: $(CURDIR)/demo/sheet.png"; \
+	    >/dev/null && \
+	  $(DEMO)/bin/python examples/edit_pictures.py demo/*.png --out demo/sheet.png >/dev/null && \
+	  echo "a photo repainted and stylized, and the lines of examples/prompts.txt drawn:" && \
+	  echo "$(CURDIR)/demo/sheet.png"; \
 	else \
 	  echo "no pictures: this checkout carries no default generator yet" >&2; \
 	fi

@@ -149,3 +149,10 @@ def test_examples_are_short_and_all_alike() -> None:
         assert len(source.splitlines()) <= 40, path.name
         assert 'add_argument("--model", default="default"' in source, path.name
         assert f"`{path.name}`" in QUICKSTART.read_text(encoding="utf-8")
+
+
+def test_edit_pictures(clone: Path, generator: Path) -> None:
+    lines = run(clone, "edit_pictures", "--model", generator, "--steps", 3, "--out", "sheet.png")
+    assert lines == ["4 pictures: sheet.png"]
+    with Image.open(clone / "sheet.png") as sheet:
+        assert sheet.width > 4 * 100
