@@ -32,7 +32,7 @@ demo: $(DEMO)/.installed ## caption the sample photos, draw a sheet of pictures 
 	fi
 
 test: $(DEV)/.installed ## run the tests, offline, and print the coverage
-	@$(PYTEST) --cov --cov-report=term
+	@OMP_NUM_THREADS=1 $(PYTEST) --numprocesses auto --dist loadfile --cov --cov-report=term
 
 test-slow: $(DEV)/.installed ## run the tests that take minutes, and those that need published weights
 	@$(PYTEST) -m '(slow or weights) and not gpu' --timeout 3600
