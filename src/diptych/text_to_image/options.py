@@ -31,6 +31,7 @@ __all__ = [
     "GenerateOptions",
     "ImageToImageOptions",
     "InpaintOptions",
+    "MaskedOptions",
     "parse_sides",
     "size_notes",
 ]
@@ -231,7 +232,29 @@ class ImageToImageOptions(GenerateOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class InpaintOptions(ImageToImageOptions):
+class MaskedOptions(ImageToImageOptions):
+    """Say how a mask is read that tells which part of a picture may change."""
+
+    mask_from: str = setting(
+        str,
+        "What in the mask says where: luminance (white is changed) or alpha (transparent is).",
+        default="auto",
+        choices=MASK_SOURCES,
+    )
+    invert_mask: bool = setting(
+        bool, "Keep what the mask says to change, and change the rest.", default=False
+    )
+    mask_blur: int = setting(
+        int,
+        "Pixels inside the edge of the mask over which old and new are blended.",
+        default=4,
+        low=0,
+        high=256,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InpaintOptions(MaskedOptions):
     """Say how to repaint a part of a picture; the others come back as they were, bit for bit.
 
     Width and height are those it is painted at; the picture comes back in its own size.
@@ -241,24 +264,8 @@ class InpaintOptions(ImageToImageOptions):
         float, "How far to leave what is there: 0 keeps it, 1 is free of it.",
         library=1.0, low=0.0, high=1.0,
     )  # fmt: skip
-    mask_from: str = setting(
-        str,
-        "What in the mask says where: luminance (white is repainted) or alpha (transparent is).",
-        default="auto",
-        choices=MASK_SOURCES,
-    )
-    invert_mask: bool = setting(
-        bool, "Keep what the mask says to repaint, and repaint the rest.", default=False
-    )
     soft_mask: bool = setting(
         bool, "Read greys of the mask as how much a pixel may change.", default=False
-    )
-    mask_blur: int = setting(
-        int,
-        "Pixels inside the edge of the mask over which old and new are blended.",
-        default=4,
-        low=0,
-        high=256,
     )
     padding_mask_crop: int | None = setting(
         int,
@@ -281,7 +288,7 @@ class InpaintOptions(ImageToImageOptions):
     def check(self) -> None:
         """Raise BadInput for a value out of range, and for sides that cannot be read."""
         # Spelled out: dataclasses with slots are made anew, which `super()` would not notice.
-        ImageToImageOptions.check(self)
+        MaskedOptions.check(self)
         if self.extend is not None:
             parse_sides(self.extend)
 

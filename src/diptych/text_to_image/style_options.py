@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from diptych.errors import BadInput
 from diptych.option_fields import option, setting
-from diptych.text_to_image.options import MASK_SOURCES, ImageToImageOptions
+from diptych.text_to_image.options import MaskedOptions
 
 __all__ = ["PRESETS", "StyleOptions"]
 
@@ -16,7 +16,7 @@ PRESETS = {"content": (0.75, 0.75, 1.5), "style": (0.75, 0.375, 1.5)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StyleOptions(ImageToImageOptions):
+class StyleOptions(MaskedOptions):
     """Say how a picture takes on the style of another.
 
     What the preset decides may be set one by one. Width and height left open follow from the
@@ -63,22 +63,6 @@ class StyleOptions(ImageToImageOptions):
         "Self-attentions on the way up that take style, as in 3,4,5, counted from 0, the coarsest; "
         "none is all but those of the coarsest level.",
         default=None,
-    )
-    mask_from: str = setting(
-        str,
-        "What in the mask says where: luminance (white takes style) or alpha (transparent does).",
-        default="auto",
-        choices=MASK_SOURCES,
-    )
-    invert_mask: bool = setting(
-        bool, "Keep what the mask says to change, and change the rest.", default=False
-    )
-    mask_blur: int = setting(
-        int,
-        "Pixels inside the edge of the mask over which old and new are blended.",
-        default=4,
-        low=0,
-        high=256,
     )
     guidance_scale: float | None = option(
         float,
