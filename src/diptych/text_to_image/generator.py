@@ -2,54 +2,35 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Self, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from diptych.errors import BadInput, UnsupportedModel
+from diptych.errors import BadInput
 from diptych.images import ImageInput
 from diptych.runtimes.network import Array, OpenNetworks, open_generator_networks, require_torch
 from diptych.text import ClipTokenizer
 from diptych.text_to_image.adapters import Adapters
 from diptych.text_to_image.autoencoder import Autoencoder
-from diptych.text_to_image.editing import (
-    Native,
-    image_subjects,
-    inpaint_subjects,
-    is_one_picture,
-    spread,
-    style_subjects,
-)
+from diptych.text_to_image.calls import Calls, Images
+from diptych.text_to_image.editing import is_one_picture
 from diptych.text_to_image.generated_image import GeneratedImage
-from diptych.text_to_image.options import (
-    GenerateOptions,
-    ImageToImageOptions,
-    InpaintOptions,
-    size_notes,
-)
-from diptych.text_to_image.orders import Subject, as_noise, is_single, take_orders
+from diptych.text_to_image.options import GenerateOptions
+from diptych.text_to_image.orders import is_single
 from diptych.text_to_image.painter import Call, Event, OnError, Painter
 from diptych.text_to_image.previews import DenoisingStep
 from diptych.text_to_image.schedules import NoiseSchedule, ScheduleConfig
-from diptych.text_to_image.style import normalised, style_layers
-from diptych.text_to_image.style_options import StyleOptions
 from diptych.weights.diffusion import GeneratorFolder, resolve_generator
 
 if TYPE_CHECKING:
     from diptych.weights.adapters import LoraHandle
 
 __all__ = ["GeneratedImage", "ImageGenerator", "OnError", "generate"]
-
-logger = logging.getLogger("diptych")
-
-Options = TypeVar("Options", bound=GenerateOptions)
-Images = ImageInput | Sequence[ImageInput] | Iterator[ImageInput]
 
 
 class ImageGenerator:
@@ -68,6 +49,7 @@ class ImageGenerator:
         self._autoencoder = Autoencoder(networks, model.configs["vae"], model.name, latent_rgb)
         self._adapters = Adapters(networks, tokenizers, model.name)
         self._painter = Painter(networks, model, self.schedule, self._autoencoder, self._adapters)
+        self._calls = Calls(model, self.schedule, self._autoencoder, self._painter)
 
     @classmethod
     def load(
@@ -133,7 +115,7 @@ class ImageGenerator:
     @property
     def options(self) -> GenerateOptions:
         """Return the options that hold where the caller sets none: the model's own."""
-        return GenerateOptions().resolve(self._defaults)
+        return GenerateOptions().resolve(self._calls.defaults)
 
     @overload
     def generate(
@@ -186,7 +168,7 @@ class ImageGenerator:
         single = is_single(prompt)
         if num_images_per_prompt is not None:
             overrides["num_images_per_prompt"] = num_images_per_prompt
-        call = self._call(
+        call = self._calls.of_words(
             [cast("str", prompt)] if single else prompt,
             options,
             negative_prompt=negative_prompt,
@@ -218,7 +200,7 @@ class ImageGenerator:
         Otherwise as `generate`.
         """
         single = is_one_picture(image) and is_single(prompt)
-        call = self._image_call(
+        call = self._calls.of_pictures(
             *(image, prompt, options),
             negative_prompt=negative_prompt,
             latents=latents,
@@ -249,7 +231,7 @@ class ImageGenerator:
         `latents` [pictures, C, h, w] are the noise to start from. Otherwise as `generate`.
         """
         single = is_one_picture(image) and is_single(prompt)
-        call = self._image_call(
+        call = self._calls.of_pictures(
             *(image, prompt, options),
             mask_image=mask_image,
             is_inpainting=True,
@@ -309,30 +291,14 @@ class ImageGenerator:
 
         Arguments are those of `style_transfer`; the first half of the steps leads to noise.
         """
-        if isinstance(overrides.get("adain"), bool):
-            overrides["adain"] = float(overrides["adain"])
-        if not isinstance(overrides.get("layers"), str | None):
-            overrides["layers"] = ",".join(map(str, overrides["layers"]))
-        asked = self._asked(StyleOptions, options, overrides)
-        chosen = {"sampler": "ddim", "num_inference_steps": asked.num_inversion_steps}
-        asked = asked.replace(**chosen, seed=0, num_images_per_prompt=1, strength=1.0)
-        asked.chosen_layers(*style_layers(self.model.configs["unet"]))
-        if self._painter.takes_mask():
-            raise UnsupportedModel(
-                f"{self.model.name} is made for inpainting: take an ordinary model for style"
-            )
-        styles = cast("list[ImageInput]", [style] if is_one_picture(style) else list(style))  # type: ignore[arg-type]
-        if not styles:
-            raise BadInput("no style is given: give at least one picture")
-        weights = normalised(style_weights, len(styles))
-        contents = [content] if is_one_picture(content) else content
-        defaults = {**self._defaults, "guidance_scale": None}
-        native = Native(defaults["width"], defaults["height"], self.downsampling, defaults)
-        self._check(asked.resolve(defaults, multiple_of=self.downsampling), None, on_error)
-        subjects = style_subjects(
-            cast("Iterable[ImageInput]", contents), styles, mask_image, prompt, asked, native
+        call, weights = self._calls.of_styles(
+            *(content, style, options),
+            prompt=prompt,
+            style_weights=style_weights,
+            mask_image=mask_image,
+            on_error=on_error,
+            **overrides,
         )
-        call = Call(take_orders(subjects), None, on_error)
         return self._painter.restyle(call, weights)
 
     def _made(self, call: Call, single: bool, noun: str) -> GeneratedImage | list[GeneratedImage]:
@@ -363,7 +329,7 @@ class ImageGenerator:
         Arguments are those of `generate`. `step.preview()` is a cheap picture of what is to come,
         `step.result()` the picture as it is now, which at the last step is the finished one.
         """
-        call = self._any_call(prompt, *args, **words)
+        call = self._calls.of_either(prompt, *args, **words)
         events = self._painter.paint(call, finish=False)
         return (event for event in events if isinstance(event, DenoisingStep))
 
@@ -373,7 +339,7 @@ class ImageGenerator:
         Arguments are those of `generate`; with `image=` those of `image_to_image`, with
         `mask_image=` or `extend=` those of `inpaint`.
         """
-        return self._painter.paint(self._any_call(prompts, *args, **words))
+        return self._painter.paint(self._calls.of_either(prompts, *args, **words))
 
     def decode(self, latents: Array) -> list[Image.Image]:
         """Return the pictures of latents [B, C, h, w], those of a step or of another program.
@@ -431,139 +397,6 @@ class ImageGenerator:
         from diptych.runtimes.conversion import export_model
 
         return export_model(self.model, folder, quantize=quantize)
-
-    # What a call asks for ---------------------------------------------------------------------
-
-    @property
-    def _defaults(self) -> dict[str, Any]:
-        """Return the options that the model prefers."""
-        side = int(self.model.configs["unet"]["sample_size"]) * self.downsampling
-        schedule = self.schedule.config
-        known = {"sampler": schedule.sampler, "schedule": schedule.schedule}
-        return {"width": side, "height": side, **known, **self.model.defaults}
-
-    def _any_call(self, prompts: str | Iterable[str], *args: Any, **words: Any) -> Call:
-        """Decide from the arguments what is asked for: words alone, a picture, or a part of one."""
-        if words.get("image") is None:
-            for word in ("image", "mask_image"):
-                if words.pop(word, None) is not None:
-                    raise BadInput(f"{word} is given without an image: give image= as well")
-            prompts = [cast("str", prompts)] if is_single(prompts) else prompts
-            return self._call(prompts, *args, **words)
-        image, mask_image = words.pop("image"), words.pop("mask_image", None)
-        options = args[0] if args else words.get("options")
-        is_inpainting = mask_image is not None or isinstance(options, InpaintOptions)
-        is_inpainting = is_inpainting or words.get("extend") is not None
-        return self._image_call(
-            *(image, cast("Any", prompts), *args),
-            mask_image=mask_image,
-            is_inpainting=is_inpainting,
-            **words,
-        )
-
-    def _call(
-        self,
-        prompts: Iterable[str],
-        options: GenerateOptions | None = None,
-        *,
-        negative_prompt: str | Sequence[str] | None = None,
-        latents: Array | None = None,
-        batch_size: int | None = None,
-        on_error: OnError = "keep",
-        **overrides: Any,
-    ) -> Call:
-        """Decide everything before any work is done."""
-        asked = self._asked(GenerateOptions, options, overrides)
-        noise = None if latents is None else as_noise(latents, self.latent_channels)
-        resolved = self._resolve(asked, noise)
-        self._check(resolved, batch_size, on_error)
-        notes = size_notes(asked, resolved)
-        # A strength is for what is made out of another picture.
-        resolved = resolved.replace(strength=None)
-        subjects = (Subject(prompt, resolved, notes) for prompt in prompts)
-        return Call(take_orders(subjects, negative_prompt, noise), batch_size, on_error)
-
-    def _image_call(
-        self,
-        image: Images,
-        prompt: str | Sequence[str] = "",
-        options: GenerateOptions | None = None,
-        *,
-        mask_image: Images | None = None,
-        is_inpainting: bool = False,
-        negative_prompt: str | Sequence[str] | None = None,
-        latents: Array | None = None,
-        batch_size: int | None = None,
-        on_error: OnError = "keep",
-        **overrides: Any,
-    ) -> Call:
-        """Decide what is made out of pictures; each is opened when its turn comes."""
-        one_image, one_prompt = is_one_picture(image), is_single(prompt)
-        one_mask = mask_image is None or is_one_picture(mask_image)
-        count = None if one_image or isinstance(image, Iterator) else len(cast("list[Any]", image))
-        if one_image and not (one_prompt and one_mask):
-            # One picture with several prompts, or masks, is that many pictures.
-            several = prompt if one_mask else mask_image
-            count = len(cast("Sequence[Any]", several))
-            images: Iterable[ImageInput] = [cast("ImageInput", image)] * count
-        else:
-            images = [cast("ImageInput", image)] if one_image else cast("list[ImageInput]", image)
-        prompts = spread(cast("Any", prompt), one_prompt, count, "prompts")
-        noise = None if latents is None else as_noise(latents, self.latent_channels)
-        kind = InpaintOptions if is_inpainting else ImageToImageOptions
-        asked = self._asked(kind, options, overrides)
-        defaults = self._defaults
-        native = Native(defaults["width"], defaults["height"], self.downsampling, defaults)
-        self._check(asked.resolve(defaults, multiple_of=self.downsampling), batch_size, on_error)
-        if asked.seed is None:
-            # Drawn once for the call: its pictures count on from there.
-            asked = asked.replace(seed=asked.resolve(defaults).seed)
-        if isinstance(asked, InpaintOptions):
-            masks = spread(cast("Any", mask_image), one_mask, count, "masks")
-            subjects = inpaint_subjects(images, masks, prompts, asked, native)
-        else:
-            subjects = image_subjects(images, prompts, asked, native)
-        return Call(take_orders(subjects, negative_prompt, noise), batch_size, on_error)
-
-    def _asked(self, kind: type[Options], options: object, overrides: Mapping[str, Any]) -> Options:
-        if not isinstance(options, GenerateOptions | None):
-            raise BadInput(
-                f"options is {options!r}: give {kind.__name__}(…), or its words by keyword"
-            )
-        return kind.of(options).replace(**overrides)
-
-    def _check(self, resolved: GenerateOptions, batch_size: int | None, on_error: str) -> None:
-        """Tell a combination that cannot be before any prompt is read."""
-        if on_error not in ("keep", "raise"):
-            raise BadInput(f"on_error is {on_error!r}: give 'keep' or 'raise'")
-        if batch_size is not None and (
-            isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
-        ):
-            raise BadInput(f"batch_size is {batch_size!r}: give a whole number of 1 or more")
-        self._painter.steps(resolved)
-        for name, config in self.model.configs.items():
-            if not name.startswith("text_encoder") or not resolved.clip_skip:
-                continue
-            most = int(config["num_hidden_layers"]) + 1 + int(config.get("output_layer", -1))
-            if resolved.clip_skip > most:
-                raise BadInput(
-                    f"clip_skip is {resolved.clip_skip}: give 0 to {most}, for the {name} has no "
-                    "more layers"
-                )
-
-    def _resolve(
-        self, asked: GenerateOptions, noise: NDArray[np.float32] | None
-    ) -> GenerateOptions:
-        if noise is not None:
-            height, width = (side * self.downsampling for side in noise.shape[2:])
-            wanted = (asked.width or width, asked.height or height)
-            if wanted != (width, height):
-                raise BadInput(
-                    f"latents are the noise of a picture of {width}x{height}, but "
-                    f"{wanted[0]}x{wanted[1]} is asked for: leave width and height out"
-                )
-            asked = asked.replace(width=width, height=height)
-        return asked.resolve(self._defaults, multiple_of=self.downsampling)
 
 
 def generate(
