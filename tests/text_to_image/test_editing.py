@@ -97,6 +97,18 @@ def test_options_of_generation_are_taken_over(generator: ImageGenerator) -> None
     assert generator.inpaint(picture(), part(), "red").options.strength == 1.0
 
 
+def test_no_step_at_all_is_told(generator: ImageGenerator) -> None:
+    made = generator.image_to_image(picture(), "red", strength=0.1, num_inference_steps=5)
+    (note,) = made.notes
+    assert note.startswith("strength 0.1 of 5 steps is no step at all")
+
+
+def test_noise_of_another_size_is_refused(generator: ImageGenerator) -> None:
+    noise = np.zeros((1, 4, 2, 2), np.float32)
+    with pytest.raises(BadInput, match=r"noise of the shape \[4, 2, 2\], but this picture"):
+        generator.image_to_image(picture(), "red", latents=noise)
+
+
 def test_steps_are_those_that_strength_leaves(generator: ImageGenerator) -> None:
     words: dict[str, Any] = {"image": picture(), "num_inference_steps": 10, "sampler": "euler"}
     steps = list(generator.denoising_steps("red", strength=0.35, **words))
@@ -150,11 +162,13 @@ def test_pixels_outside_are_the_same(
             assert not np.array_equal(found[middle], kept[middle])
 
 
-def test_16_bits_are_kept(generator: ImageGenerator) -> None:
+def test_16_bits_are_kept(generator: ImageGenerator, tmp_path: Path) -> None:
     deep = np.random.default_rng(0).integers(0, 65536, (SIDE, SIDE), dtype=np.uint16)
     made = generator.inpaint(Image.fromarray(deep), part(), "red")
     outside = np.asarray(part()) == 0
     assert np.array_equal(np.asarray(made.image)[outside], deep[outside])
+    with Image.open(made.save(tmp_path / "made.jpg")) as shallow:
+        shallow.load()
 
 
 def test_an_empty_mask_and_a_full_one(generator: ImageGenerator) -> None:

@@ -131,6 +131,44 @@ def test_its_own_style_is_the_plain_reconstruction(generator: ImageGenerator) ->
     assert psnr(other.image, plain.image) < 30
 
 
+def round_trip(generator: ImageGenerator, photo: Path, steps: int) -> float:
+    """Return the PSNR of DDIM there and back, beside what the autoencoder makes of the photo."""
+    from dataclasses import replace
+
+    from diptych.canvas import fit, to_pixel_values
+    from diptych.images import open_image
+    from diptych.text_to_image.denoiser import EpsDenoiser
+    from diptych.text_to_image.prompts import encode_prompts
+    from diptych.text_to_image.samplers import NoiseSource, ddim, ddim_inversion
+
+    latents = generator.encode(to_pixel_values(fit(open_image(photo), (128, 128), "crop"))[None])
+    (pair,) = encode_prompts(generator.networks, generator.tokenizers, [""])
+    told = {"encoder_hidden_states": pair.positive.encoder_hidden_states}
+    there = generator.schedule.steps("ddim_inversion", steps)
+    kind = generator.schedule.config.prediction_type
+    denoise = EpsDenoiser(generator.networks["unet"], there, told, kind)
+    start = latents * np.float32(there.initial_scale)
+    *_, noise = ddim_inversion(denoise, start, there.sigmas)
+    back = replace(there, sigmas=there.sigmas[::-1])
+    *_, again = ddim(denoise, noise.latents, back.sigmas, NoiseSource([0]))
+    (known,) = generator.decode(latents)
+    (found,) = generator.decode(again.latents / np.float32(there.initial_scale))
+    return psnr(found, known)
+
+
+@pytest.mark.parametrize(
+    "photo",
+    [
+        "coffee",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("chelsea", "rocket", "astronaut")),
+    ],
+)
+def test_ddim_comes_back_the_nearer_the_more_steps(photo: str) -> None:
+    generator = ImageGenerator.load(runtime="onnxruntime")
+    found = [round_trip(generator, PHOTOS / f"{photo}.jpg", steps) for steps in (12, 25, 50)]
+    assert found == sorted(found) and found[-1] >= 25, found
+
+
 def test_onnx_draws_what_torch_draws(generator: ImageGenerator) -> None:
     words = {
         "num_inversion_steps": 5,

@@ -329,7 +329,15 @@ def _resolved(asked: Any, size: tuple[int, int], native: Native) -> tuple[Any, t
         if (wanted := getattr(asked, side)) not in (None, made)
     )
     sized = asked.replace(width=size[0], height=size[1])
-    return sized.resolve(native.defaults, multiple_of=native.multiple_of), notes
+    resolved = sized.resolve(native.defaults, multiple_of=native.multiple_of)
+    steps, strength = resolved.num_inference_steps, resolved.strength
+    if 0 < strength < 1 and not int(steps * strength):
+        note = (
+            f"strength {strength:g} of {steps} steps is no step at all: the picture only passes "
+            "through the autoencoder; raise one of them"
+        )
+        notes = (*notes, note)
+    return resolved, notes
 
 
 def _smaller(picture: tuple[int, int], size: tuple[int, int]) -> str:

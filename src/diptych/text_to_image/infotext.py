@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from PIL import Image, PngImagePlugin
 
 from diptych.errors import BadImage, BadInput
+from diptych.images import open_image
 from diptych.option_fields import plain, values
 from diptych.text_to_image.options import GenerateOptions
 
@@ -141,7 +142,10 @@ def encode(picture: Picture, suffix: str, *, metadata: bool = True, quality: int
         words["lossless"] = True
     if metadata:
         words |= _png_words(picture) if kind == "PNG" else _exif_words(picture, kind)
-    image = picture.image if kind != "JPEG" else picture.image.convert("RGB")
+    image = picture.image
+    if kind != "PNG" and image.mode == "I;16":
+        image = open_image(image)
+    image = image if kind != "JPEG" else image.convert("RGB")
     file = io.BytesIO()
     image.save(file, kind, **words)
     return file.getvalue()

@@ -201,6 +201,12 @@ class Painter:
     def _row(self, place: int, order: Order) -> Row:
         if order.error is not None:
             raise order.error
+        shape = self._latent_shape(order.options)
+        if order.noise is not None and order.noise.shape != shape:
+            raise BadInput(
+                f"latents are noise of the shape {list(order.noise.shape)}, but this picture is "
+                f"drawn from {list(shape)}: give width and height that fit it"
+            )
         row = Row(place, order, *self.condition(order))
         source, takes_mask, encode = order.source, self.takes_mask(), self._autoencoder.encode
         everywhere = np.ones(self._pixels(order.options), np.float32)
