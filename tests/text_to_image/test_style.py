@@ -148,7 +148,7 @@ def round_trip(generator: ImageGenerator, photo: Path, steps: int) -> float:
     kind = generator.schedule.config.prediction_type
     denoise = EpsDenoiser(generator.networks["unet"], there, told, kind)
     start = latents * np.float32(there.initial_scale)
-    *_, noise = ddim_inversion(denoise, start, there.sigmas)
+    *_, noise = ddim_inversion(denoise, start, there.sigmas, refinements=1)
     back = replace(there, sigmas=there.sigmas[::-1])
     *_, again = ddim(denoise, noise.latents, back.sigmas, NoiseSource([0]))
     (known,) = generator.decode(latents)

@@ -121,12 +121,25 @@ def ddim(
 
 
 def ddim_inversion(
-    denoise: Denoise, latents: Array, sigmas: Sequence[float], noise: NoiseSource | None = None
+    denoise: Denoise,
+    latents: Array,
+    sigmas: Sequence[float],
+    noise: NoiseSource | None = None,
+    *,
+    refinements: int = 0,
 ) -> Iterator[Step]:
-    """Walk from a picture to its noise: DDIM over rising sigmas, predicting where it stands."""
+    """Walk from a picture to its noise: DDIM over rising sigmas, predicting where it stands.
+
+    `refinements` predict again where each step arrives, as DDIM will on its way back: one makes the
+    way back much nearer, more need steps too small to be of use.
+    """
     for index, (sigma, target) in enumerate(pairwise(sigmas)):
         denoised = denoise(latents, sigma)
-        latents = denoised + (latents - denoised) * (target / sigma)
+        arrived = denoised + (latents - denoised) * (target / sigma)
+        for _ in range(refinements):
+            denoised = denoise(arrived, target)
+            arrived = denoised + (latents - denoised) * (target / sigma)
+        latents = arrived
         yield Step(index, latents, denoised)
 
 

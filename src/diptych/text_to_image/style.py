@@ -30,6 +30,9 @@ __all__ = ["StyledDenoiser", "Stylist", "adain", "normalised", "style_layers"]
 
 Floats = NDArray[np.float32]
 
+# Round trip of the default generator at 50 steps: 20 to 33 dB without, 39 to 43 with one.
+_REFINEMENTS = 1
+
 
 def adain(content: Array, style: Array) -> Array:
     """Give latents [B, C, h, w] the mean and deviation that another's channels have.
@@ -215,7 +218,7 @@ class Stylist:
         prediction_type = self._schedule.config.prediction_type
         denoiser = EpsDenoiser(self._networks["unet"], steps, told, prediction_type)
         trajectory, left = [start], []
-        for step in ddim_inversion(denoiser, start, steps.sigmas):
+        for step in ddim_inversion(denoiser, start, steps.sigmas, refinements=_REFINEMENTS):
             trajectory.append(step.latents)
             left.append(step.denoised[:1])
             yield step.index, total, steps.sigmas[step.index + 1], _of_content(step)
