@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate_images"]
 
 
-@with_options("GenerateOptions")
+@with_options("GenerateOptions", without=("strength",))
 def evaluate_images(
     pictures: Annotated[
         Optional[Path],  # noqa: UP045
