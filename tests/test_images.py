@@ -661,8 +661,8 @@ def test_interrupts_pass(stop: type[BaseException], monkeypatch: pytest.MonkeyPa
         open_image(encoded(noise(), "PNG"))
 
 
-def test_alpha_has_two_values() -> None:
-    with pytest.raises(BadInput, match="alpha must be 'white' or 'drop', not 'black'"):
+def test_alpha_has_three_values() -> None:
+    with pytest.raises(BadInput, match="alpha must be 'white', 'drop' or 'keep', not 'black'"):
         open_image(noise(), alpha="black")  # type: ignore[arg-type]
 
 

@@ -233,7 +233,7 @@ def test_outside_the_mask_the_picture_stays(sampler: str) -> None:
     mask = np.zeros((2, 1, 6, 5), np.float32)
     mask[:, :, 2:4, 1:3] = 1
     inner = build_denoiser(FakeUnet(), steps, context(2))
-    denoise = KeepOutside(inner, mask, picture, drawn)
+    denoise = KeepOutside(inner, steps, mask, picture, drawn)
     start = picture + drawn * steps.sigmas[0]
     *_, last = SAMPLERS[sampler](denoise, start, steps.sigmas, NoiseSource([0, 1]))
     outside = np.broadcast_to(mask == 0, SHAPE)
@@ -250,5 +250,10 @@ def test_the_network_sees_the_picture_noised_alike_outside() -> None:
         seen.append(latents)
         return latents
 
-    KeepOutside(inner, mask, picture, drawn)(normal(2) * 9, 2.0)
+    steps = steps_of()
+    denoise = KeepOutside(inner, steps, mask, picture, drawn)
+    denoise(normal(2) * 9, 2.0)
     assert seen[0] == pytest.approx(picture + 2 * drawn, abs=1e-6)
+    # The first call takes what it is given: a run may start from noise alone, as in diffusers.
+    denoise(normal(2) * 9, steps.sigmas[0])
+    assert np.array_equal(seen[1], normal(2) * 9)
