@@ -50,8 +50,9 @@ bench: $(DEV)/.installed ## measure speed beside transformers and diffusers
 	@$(OFFLINE) $(DEV)/bin/python benchmarks/caption_speed.py
 	@$(OFFLINE) $(DEV)/bin/python benchmarks/generate_speed.py
 
-docs: $(DOCS)/.installed ## build the documentation into site/; a broken link fails
-	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+docs: $(DOCS)/.installed ## make the pictures of the guides, build the documentation into site/
+	@$(DOCS)/bin/python docs/generate_pictures.py
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 clean: ## remove build outputs and caches; virtual environments stay
 	@rm -rf build dist site demo .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis

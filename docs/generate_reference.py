@@ -25,6 +25,7 @@ API = {
     "diptych": (
         *("Captioner", "Caption", "CaptionOptions", "caption", "pipeline"),
         *("ImageGenerator", "GeneratedImage", "GenerateOptions", "generate"),
+        *("ImageToImageOptions", "InpaintOptions", "StyleOptions"),
         *("export", "available_models"),
     ),
     "diptych.text_to_image.previews": ("DenoisingStep",),
@@ -61,6 +62,9 @@ API = {
 HIDDEN = {
     *("Captioner", "Captioner.from_model", "Captioner.look", "CaptionOptions.for_search"),
     *("ImageGenerator", "ImageGenerator.from_model", "GenerateOptions.resolve"),
+    "GenerateOptions.of",
+    *("InpaintOptions.check", "StyleOptions.shares", "StyleOptions.temperature"),
+    *("StyleOptions.is_neutral", "StyleOptions.chosen_layers"),
 }
 INTRODUCTIONS = {
     "diptych": (
@@ -375,6 +379,42 @@ OPTIONS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
             "[diffusion in ten minutes](../concepts/diffusion.md).",
         ),
     ),
+    "ImageToImageOptions": (
+        "Image to image options",
+        "diptych.text_to_image.options",
+        (
+            "Words of `generator.image_to_image`, flags of `diptych img2img`, and fields of",
+            "`ImageToImageOptions`: the [generate options](#generate-options), with another",
+            "default of `strength`, and these. Width and height follow from the picture.",
+        ),
+        ("How they act is told in [image to image](../guides/image-to-image.md).",),
+    ),
+    "InpaintOptions": (
+        "Inpaint options",
+        "diptych.text_to_image.options",
+        (
+            "Words of `generator.inpaint`, flags of `diptych inpaint`, and fields of",
+            "`InpaintOptions`: those of [image to image](#image-to-image-options), with another",
+            "default of `strength`, and these.",
+        ),
+        ("How they act is told in [inpainting](../guides/inpaint.md).",),
+    ),
+    "StyleOptions": (
+        "Style options",
+        "diptych.text_to_image.style_options",
+        (
+            "Words of `generator.style_transfer`, flags of `diptych stylize`, and fields of",
+            "`StyleOptions`. Of the [generate options](#generate-options), `negative_prompt`,",
+            "`width`, `height`, `clip_skip` and `parse_weights` count as well.",
+        ),
+        ("How they act is told in [style transfer](../guides/style-transfer.md).",),
+    ),
+}
+# Fields that a section does not repeat: those of the class it is derived from, where unchanged.
+_TOLD_BEFORE = {
+    "ImageToImageOptions": "GenerateOptions",
+    "InpaintOptions": "ImageToImageOptions",
+    "StyleOptions": "GenerateOptions",
 }
 
 
@@ -383,9 +423,20 @@ def options_page() -> Iterator[str]:
     yield from (NOTE, "", "# Options", "")
     for kind, (title, _, before, after) in OPTIONS.items():
         yield from (f"## {title}", "", *before, "")
-        fields = dataclasses.fields(_options_class(kind))
+        fields = _own_fields(kind)
         yield from _table(("option", "value", "meaning", "default"), [_option(f) for f in fields])
         yield from (*after, "")
+
+
+def _own_fields(kind: str) -> list[dataclasses.Field[Any]]:
+    from diptych.cli.edit import NOT_OF_STYLE
+
+    fields = list(dataclasses.fields(_options_class(kind)))
+    if kind not in _TOLD_BEFORE:
+        return fields
+    before = {f.name: f.metadata for f in dataclasses.fields(_options_class(_TOLD_BEFORE[kind]))}
+    unused = NOT_OF_STYLE if kind == "StyleOptions" else ()
+    return [f for f in fields if f.name not in unused and before.get(f.name) != f.metadata]
 
 
 def _option(field: dataclasses.Field[Any]) -> tuple[str, ...]:

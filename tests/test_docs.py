@@ -200,8 +200,16 @@ def parse(arguments: list[str]) -> None:
     from diptych.cli import app
     from diptych.cli.flags import meant
     from diptych.image_to_text.options import CaptionOptions
-    from diptych.text_to_image.options import GenerateOptions
+    from diptych.text_to_image.options import (
+        GenerateOptions,
+        ImageToImageOptions,
+        InpaintOptions,
+    )
+    from diptych.text_to_image.style_options import StyleOptions
 
+    kinds: dict[str, Any] = {"generate": GenerateOptions, "images": GenerateOptions}
+    kinds |= {"img2img": ImageToImageOptions, "inpaint": InpaintOptions}
+    kinds |= {"stylize": StyleOptions, "style": StyleOptions}
     command, name = get_command(app), "diptych"
     if arguments in (["--help"], ["--version"]):
         return
@@ -212,7 +220,7 @@ def parse(arguments: list[str]) -> None:
         assert rest[0] in command.commands, f"{name} has no verb {rest[0]}"
         command, name, arguments = command.commands[rest[0]], rest[0], rest[1:]
     values = command.make_context(name, list(arguments)).params
-    options = GenerateOptions() if name in ("generate", "images") else CaptionOptions()
+    options = kinds.get(name, CaptionOptions)()
     names = {field.name for field in dataclasses.fields(options)}
     asked = {n: meant(v) for n, v in values.items() if n in names and v is not None}
     options.replace(**asked)
@@ -228,6 +236,9 @@ def parse(arguments: list[str]) -> None:
         "diptych generate tulip --steps 0",
         "diptych generate tulip --sampler eulr",
         "diptych paint a.jpg",
+        "diptych img2img a.jpg --strength 2",
+        "diptych inpaint a.jpg --extend up=3",
+        "diptych stylize a.jpg",
         "cat a.jpg | diptych caption - --heat-map x.png",
         "make coffee",
         "pip install 'diptych[telepathy]'",

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from diptych.text_to_image.generator import ImageGenerator as ImageGenerator
     from diptych.text_to_image.generator import generate as generate
     from diptych.text_to_image.options import GenerateOptions as GenerateOptions
+    from diptych.text_to_image.options import ImageToImageOptions as ImageToImageOptions
+    from diptych.text_to_image.options import InpaintOptions as InpaintOptions
+    from diptych.text_to_image.style_options import StyleOptions as StyleOptions
     from diptych.weights.catalog import available_models as available_models
 
 # Public name → the module that defines it; imported when first used, so that `import diptych`
@@ -30,6 +33,9 @@ _HOMES = {
     "GenerateOptions": "diptych.text_to_image.options",
     "GeneratedImage": "diptych.text_to_image.generated_image",
     "ImageGenerator": "diptych.text_to_image.generator",
+    "ImageToImageOptions": "diptych.text_to_image.options",
+    "InpaintOptions": "diptych.text_to_image.options",
+    "StyleOptions": "diptych.text_to_image.style_options",
     "available_models": "diptych.weights.catalog",
     "caption": "diptych.image_to_text.captioner",
     "export": "diptych.runtimes.conversion",
