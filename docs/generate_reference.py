@@ -70,8 +70,8 @@ INTRODUCTIONS = {
     "diptych": (
         "Everything here is imported when it is first used, so `import diptych` is cheap. An "
         "`ImageInput` is a path, encoded bytes, a binary file, a `data:` or http(s) URL, a PIL "
-        'image or a NumPy array. `Alpha` is `"white"`, `"drop"` or `"keep"`, `OnError` is `"keep"` or '
-        '`"raise"`. An `Array` is NumPy or torch.'
+        'image or a NumPy array. `Alpha` is `"white"`, `"drop"` or `"keep"`, `OnError` is '
+        '`"keep"` or `"raise"`. An `Array` is NumPy or torch.'
     ),
     "diptych.text_to_image.infotext": "Settings that pictures carry inside their files.",
     "diptych.text_to_image.schedules": (
