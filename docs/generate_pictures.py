@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "guides" / "pictures"
 SIDE = 128
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
-STYLE_STRENGTHS = (0.0, 0.1, 0.3, 1.0)  # most of a style comes early
+STYLE_STRENGTHS = (0.0, 0.3, 0.6, 1.0)
 
 
 def main(arguments: list[str]) -> int:

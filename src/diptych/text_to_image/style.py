@@ -118,7 +118,7 @@ class StyledDenoiser:
                 words.append(told)
                 keys.append(1 + style)
                 is_styled.append(True)
-        if options.style_strength < 1:
+        if options.blend < 1:
             words.append(walk.empty)
             keys.append(len(keys))
             is_styled.append(False)
@@ -174,11 +174,11 @@ class StyledDenoiser:
                 scale = self.options.guidance_scale or 0.0
                 said = rows[:1] + (rows[1:] - rows[:1]) * scale
             total = said * weight if total is None else total + said * weight
-        strength = self.options.style_strength
-        if strength == 1:
+        blend = self.options.blend
+        if blend == 1:
             return total
         plain = output[len(self.weights) * each :]
-        return plain + (total - plain) * strength
+        return plain + (total - plain) * blend
 
 
 class Stylist:
@@ -246,7 +246,7 @@ class Stylist:
         styled = adain(content, last[1:2]) * weights[0]
         for style, weight in enumerate(weights[1:], 1):
             styled = styled + adain(content, last[1 + style : 2 + style]) * weight
-        return content + (styled - content) * (options.adain * options.style_strength)
+        return content + (styled - content) * (options.adain * options.blend)
 
 
 class _Masked:

@@ -77,6 +77,14 @@ class StyleOptions(MaskedOptions):
         return "style_transfer"
 
     @property
+    def blend(self) -> float:
+        """Return the share of the styled prediction at each step.
+
+        It adds up over the steps: by the square, equal steps of strength look about equally far.
+        """
+        return self.style_strength**2
+
+    @property
     def shares(self) -> tuple[float, float]:
         """Return the shares of the content's query at the first step and at the last."""
         first, last, _ = PRESETS[self.preset]
