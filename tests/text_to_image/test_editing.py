@@ -217,6 +217,37 @@ def test_a_mask_for_each_picture(generator: ImageGenerator) -> None:
     assert not np.array_equal(np.asarray(made[0].image), np.asarray(picture()))
     several = generator.inpaint(picture(), [one, other], "red")
     assert isinstance(several, list) and len(several) == 2
+    # The empty one first: it takes no step, and must not decide so for its neighbour.
+    still, changed = generator.inpaint(picture(), [other, one], "red", seed=4)
+    assert np.array_equal(np.asarray(still.image), np.asarray(picture()))
+    alone = generator.inpaint(picture(), one, "red", seed=5)
+    assert np.array_equal(np.asarray(changed.image), np.asarray(alone.image))
+
+
+def test_an_open_file_is_one_picture(generator: ImageGenerator, tmp_path: Path) -> None:
+    picture().save(tmp_path / "one.png")
+    with (tmp_path / "one.png").open("rb") as file:
+        made = generator.image_to_image(file, "red", strength=0)
+    assert made.image.size == (SIDE, SIDE)
+
+
+def test_words_and_pictures_may_come_one_by_one(generator: ImageGenerator) -> None:
+    made = generator.image_to_image(picture(), (word for word in ("red", "blue")))
+    assert [each.prompt for each in made] == ["red", "blue"]
+    made = generator.image_to_image((picture() for _ in range(2)), ["red", "blue"])
+    assert [each.prompt for each in made] == ["red", "blue"]
+    with pytest.raises(BadInput, match="there are more pictures than the 1 prompts"):
+        generator.image_to_image((picture() for _ in range(2)), ["red"])
+
+
+def test_a_long_strip_is_drawn_smaller(generator: ImageGenerator) -> None:
+    """A side that no model draws: 4,100 pixels."""
+    source = picture(4100, 1)
+    mask = Image.new("L", source.size)
+    mask.paste(255, (4, 0, 2000, 1))
+    made = generator.inpaint(source, mask, "red")
+    outside = np.asarray(mask) == 0
+    assert np.array_equal(np.asarray(made.image)[outside], np.asarray(source)[outside])
 
 
 @pytest.mark.parametrize(

@@ -118,13 +118,14 @@ def _quietly(steps: Iterator[Step]) -> Iterator[Step]:
 
 
 def alike(rows: Sequence[Row]) -> list[list[Row]]:
-    """Group the rows that can be stacked: prompts of as many tokens, pictures of one size."""
+    """Group the rows that run together: prompts of as many tokens, one size, the same steps."""
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         told = [each for each in (row.positive, row.negative) if each is not None]
         lengths = tuple(each["encoder_hidden_states"].shape[1] for each in told)
-        size = row.order.options.width, row.order.options.height
-        groups.setdefault((lengths, size), []).append(row)
+        options = row.order.options
+        run = options.width, options.height, options.strength
+        groups.setdefault((lengths, run), []).append(row)
     return list(groups.values())
 
 

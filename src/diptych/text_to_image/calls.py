@@ -104,7 +104,7 @@ class Calls:
     def of_pictures(
         self,
         image: Images,
-        prompt: str | Sequence[str] = "",
+        prompt: str | Iterable[str] = "",
         options: GenerateOptions | None = None,
         *,
         mask_image: Images | None = None,
@@ -118,30 +118,24 @@ class Calls:
         """Decide what is made out of pictures; each is opened when its turn comes."""
         one_image, one_prompt = is_one_picture(image), is_single(prompt)
         one_mask = mask_image is None or is_one_picture(mask_image)
+        prompt = prompt if one_prompt else list(prompt)
+        mask_image = mask_image if one_mask else list(cast("Iterable[ImageInput]", mask_image))
         count = None if one_image or isinstance(image, Iterator) else len(cast("list[Any]", image))
-        if one_image and not (one_prompt and one_mask):
+        if one_image:
             # One picture with several prompts, or masks, is that many pictures.
-            several = prompt if one_mask else mask_image
-            count = len(cast("Sequence[Any]", several))
-            images: Iterable[ImageInput] = [cast("ImageInput", image)] * count
-        else:
-            images = [cast("ImageInput", image)] if one_image else cast("list[ImageInput]", image)
+            several = mask_image if not one_mask else prompt
+            count = 1 if one_prompt and one_mask else len(cast("list[Any]", several))
+            image = [cast("ImageInput", image)] * count
+        images = cast("Iterable[ImageInput]", image)
         prompts = spread(cast("Any", prompt), one_prompt, count, "prompts")
         noise = None if latents is None else as_noise(latents, self._autoencoder.latent_channels)
         kind = InpaintOptions if is_inpainting else ImageToImageOptions
         asked = self._asked(kind, options, overrides)
-        defaults = self.defaults
-        native = Native(
-            defaults["width"], defaults["height"], self._autoencoder.downsampling, defaults
-        )
-        self._check(
-            asked.resolve(defaults, multiple_of=self._autoencoder.downsampling),
-            batch_size,
-            on_error,
-        )
-        if asked.seed is None:
-            # Drawn once for the call: its pictures count on from there.
-            asked = asked.replace(seed=asked.resolve(defaults).seed)
+        native = Native(self.defaults, self._autoencoder.downsampling)
+        resolved = native.resolve(asked)
+        self._check(resolved, batch_size, on_error)
+        # Drawn once for the call: its pictures count on from there.
+        asked = asked.replace(seed=resolved.seed)
         if isinstance(asked, InpaintOptions):
             masks = spread(cast("Any", mask_image), one_mask, count, "masks")
             subjects = inpaint_subjects(images, masks, prompts, asked, native)
@@ -179,13 +173,10 @@ class Calls:
             raise BadInput("no style is given: give at least one picture")
         weights = normalised(style_weights, len(styles))
         contents = [content] if is_one_picture(content) else content
+        # The model's guidance is for drawing from words alone.
         defaults = {**self.defaults, "guidance_scale": None}
-        native = Native(
-            defaults["width"], defaults["height"], self._autoencoder.downsampling, defaults
-        )
-        self._check(
-            asked.resolve(defaults, multiple_of=self._autoencoder.downsampling), None, on_error
-        )
+        native = Native(defaults, self._autoencoder.downsampling)
+        self._check(native.resolve(asked), None, on_error)
         subjects = style_subjects(
             cast("Iterable[ImageInput]", contents), styles, mask_image, prompt, asked, native
         )

@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+Options = TypeVar("Options", bound=GenerateOptions)
 
 _MOST_TIMES_NATIVE = 4  # pixels of a picture that is drawn in its own size, by those of training
 _OVERLAP = 8  # pixels of the old picture that are painted anew beside what extends it
@@ -45,12 +46,22 @@ _OVERLAP = 8  # pixels of the old picture that are painted anew beside what exte
 
 @dataclass(frozen=True, slots=True)
 class Native:
-    """Say what a model draws: sizes it was trained with, and pixels that a latent stands for."""
+    """Say what a model prefers, and how many pixels each way a latent stands for."""
 
-    width: int
-    height: int
-    multiple_of: int
     defaults: Mapping[str, Any]
+    multiple_of: int
+
+    @property
+    def width(self) -> int:
+        return int(self.defaults["width"])
+
+    @property
+    def height(self) -> int:
+        return int(self.defaults["height"])
+
+    def resolve(self, asked: Options) -> Options:
+        """Fill every open choice of `asked`."""
+        return asked.resolve(self.defaults, multiple_of=self.multiple_of)
 
     def size_for(
         self, picture: tuple[int, int], width: int | None, height: int | None
@@ -72,9 +83,18 @@ class Native:
             factor = math.sqrt(native / given)
             wanted = picture[0] * factor, picture[1] * factor
         multiple = self.multiple_of
+        return self._drawable([int(side) // multiple * multiple for side in wanted])
+
+    def size_around(self, picture: tuple[int, int]) -> tuple[int, int]:
+        """Return the least (width, height) in whole latents that hold a picture as it is."""
+        multiple = self.multiple_of
+        return self._drawable([-(-side // multiple) * multiple for side in picture])
+
+    def _drawable(self, sides: Sequence[int]) -> tuple[int, int]:
+        multiple = self.multiple_of
         lowest, highest = -(-16 // multiple) * multiple, 4096 // multiple * multiple
-        sides = [min(max(int(side) // multiple * multiple, lowest), highest) for side in wanted]
-        return sides[0], sides[1]
+        width, height = (min(max(side, lowest), highest) for side in sides)
+        return width, height
 
 
 def image_subjects(
@@ -281,10 +301,10 @@ class _Frame:
             size = native.size_for(aim, *aim)
             return cls(crop_region(region, padding, size), size, "pad")
         size = native.size_for((width, height), asked.width, asked.height)
-        multiple = native.multiple_of
         if asked.width is None and asked.height is None and not _is_less(size, (width, height)):
-            whole = -(-width // multiple) * multiple, -(-height // multiple) * multiple
-            return cls((0, 0, width, height), whole, "exact")
+            around = native.size_around((width, height))
+            if around[0] >= width and around[1] >= height:
+                return cls((0, 0, width, height), around, "exact")
         if asked.resize_mode == "crop":
             inner = min(width, height * size[0] // size[1]), min(height, width * size[1] // size[0])
             left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
@@ -328,8 +348,7 @@ def _resolved(asked: Any, size: tuple[int, int], native: Native) -> tuple[Any, t
         for side, made in zip(("width", "height"), size, strict=True)
         if (wanted := getattr(asked, side)) not in (None, made)
     )
-    sized = asked.replace(width=size[0], height=size[1])
-    resolved = sized.resolve(native.defaults, multiple_of=native.multiple_of)
+    resolved = native.resolve(asked.replace(width=size[0], height=size[1]))
     steps, strength = resolved.num_inference_steps, resolved.strength
     if 0 < strength < 1 and not int(steps * strength):
         note = (
@@ -355,13 +374,12 @@ def _is_less(size: tuple[int, int], picture: tuple[int, int]) -> bool:
 def _impossible(
     prompt: str, asked: GenerateOptions, native: Native, error: DiptychError
 ) -> Subject:
-    resolved = asked.resolve(native.defaults, multiple_of=native.multiple_of)
-    return Subject(prompt, resolved, error=error)
+    return Subject(prompt, native.resolve(asked), error=error)
 
 
 def is_one_picture(image: object) -> bool:
-    """Tell one picture from a list of them."""
-    return not isinstance(image, list | tuple | Iterator)
+    """Tell one picture from a list of them; an open file is one, though it can be iterated."""
+    return hasattr(image, "read") or not isinstance(image, list | tuple | Iterator)
 
 
 def spread(
@@ -369,11 +387,17 @@ def spread(
 ) -> Iterable[T]:
     """Return one `value` for each picture: the same for all, or those of a list.
 
-    Raises `BadInput` for a list of another length than `count` pictures.
+    Raises `BadInput` for a list of another length than `count` pictures; where they are not
+    counted beforehand, as soon as a picture has none.
     """
     if is_one:
         return repeat(cast("T", value))
     each = list(cast("Sequence[T]", value))
     if count is not None and len(each) != count:
         raise BadInput(f"there are {count} pictures and {len(each)} {noun}: give one for each")
-    return each
+    return _until_more(each, noun)
+
+
+def _until_more(each: Sequence[T], noun: str) -> Iterator[T]:
+    yield from each
+    raise BadInput(f"there are more pictures than the {len(each)} {noun}: give one for each")

@@ -22,7 +22,7 @@ from diptych.text_to_image.editing import is_one_picture
 from diptych.text_to_image.generated_image import GeneratedImage
 from diptych.text_to_image.options import GenerateOptions
 from diptych.text_to_image.orders import is_single
-from diptych.text_to_image.painter import Call, Event, OnError, Painter
+from diptych.text_to_image.painter import Event, OnError, Painter
 from diptych.text_to_image.previews import DenoisingStep
 from diptych.text_to_image.schedules import NoiseSchedule, ScheduleConfig
 from diptych.weights.diffusion import GeneratorFolder, resolve_generator
@@ -177,12 +177,12 @@ class ImageGenerator:
             on_error="raise" if single and on_error == "keep" else on_error,
             **overrides,
         )
-        return self._made(call, single, "prompts")
+        return self._collected(self._painter.paint(call), single, "prompts")
 
     def image_to_image(
         self,
         image: Images,
-        prompt: str | Sequence[str] = "",
+        prompt: str | Iterable[str] = "",
         options: GenerateOptions | None = None,
         *,
         negative_prompt: str | Sequence[str] | None = None,
@@ -199,22 +199,20 @@ class ImageGenerator:
         steps, as diffusers does. `latents` [pictures, C, h, w] are the noise that is added.
         Otherwise as `generate`.
         """
-        single = is_one_picture(image) and is_single(prompt)
-        call = self._calls.of_pictures(
+        return self._edited(
             *(image, prompt, options),
             negative_prompt=negative_prompt,
             latents=latents,
             batch_size=batch_size,
-            on_error="raise" if single and on_error == "keep" else on_error,
+            on_error=on_error,
             **overrides,
         )
-        return self._made(call, single, "pictures")
 
     def inpaint(
         self,
         image: Images,
         mask_image: Images | None = None,
-        prompt: str | Sequence[str] = "",
+        prompt: str | Iterable[str] = "",
         options: GenerateOptions | None = None,
         *,
         negative_prompt: str | Sequence[str] | None = None,
@@ -230,18 +228,16 @@ class ImageGenerator:
         channels see the mask; with others the picture is put back around it at every step.
         `latents` [pictures, C, h, w] are the noise to start from. Otherwise as `generate`.
         """
-        single = is_one_picture(image) and is_single(prompt)
-        call = self._calls.of_pictures(
+        return self._edited(
             *(image, prompt, options),
             mask_image=mask_image,
             is_inpainting=True,
             negative_prompt=negative_prompt,
             latents=latents,
             batch_size=batch_size,
-            on_error="raise" if single and on_error == "keep" else on_error,
+            on_error=on_error,
             **overrides,
         )
-        return self._made(call, single, "pictures")
 
     def style_transfer(
         self,
@@ -301,8 +297,19 @@ class ImageGenerator:
         )
         return self._painter.restyle(call, weights)
 
-    def _made(self, call: Call, single: bool, noun: str) -> GeneratedImage | list[GeneratedImage]:
-        return self._collected(self._painter.paint(call), single, noun)
+    def _edited(
+        self,
+        image: Images,
+        prompt: str | Iterable[str],
+        options: GenerateOptions | None,
+        *,
+        on_error: OnError,
+        **words: Any,
+    ) -> GeneratedImage | list[GeneratedImage]:
+        single = is_one_picture(image) and is_single(prompt)
+        on_error = "raise" if single and on_error == "keep" else on_error
+        call = self._calls.of_pictures(image, prompt, options, on_error=on_error, **words)
+        return self._collected(self._painter.paint(call), single, "pictures")
 
     def _collected(
         self, events: Iterator[Event], single: bool, noun: str
