@@ -235,7 +235,7 @@ def test_strength_moves_towards_style_and_away_from_content(
     assert distances[-1] < 0.8 * distances[0] and likeness[-1] < 0.98
 
 
-def test_the_style_preset_takes_more_style() -> None:
+def test_presets_and_what_overrules_them() -> None:
     ends = StyleOptions(preset="style").shares, StyleOptions(preset="content").shares
     assert ends == ((0.75, 0.375), (0.75, 0.75))
     assert StyleOptions(query_preservation=0.3).shares == (0.3, 0.3)

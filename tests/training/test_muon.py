@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from safetensors.torch import load_file  # noqa: E402
+
 from diptych.training.muon import Muon, orthogonalized  # noqa: E402
+from diptych.training.parallel import Workers  # noqa: E402
 from diptych.training.state import Average, load_state, save_state  # noqa: E402
 
 
@@ -52,6 +59,51 @@ def train(module: torch.nn.Module, optimizer: Muon, steps: range) -> float:
         loss.backward()
         optimizer.step()
     return float(loss.detach())
+
+
+def take_steps(workers: Workers) -> torch.nn.Module:
+    """Take three steps, each process on its rows; gradients are averaged, matrices shared."""
+    module = model()
+    optimizer = Muon(module.named_parameters(), 0.01, workers=workers)
+    for step in range(3):
+        pixels = torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(step))
+        own = pixels[workers.share(8)]
+        loss = (module(own) - own.mean((1, 2, 3))[:, None]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        workers.average(module.parameters())
+        optimizer.step()
+    return module
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
+    alone = take_steps(Workers.alone()).state_dict()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_muon import Workers, take_steps\n"
+        "from safetensors.torch import save_file\n"
+        "workers = Workers()\n"
+        "state = take_steps(workers).state_dict()\n"
+        f"save_file(state, {str(tmp_path)!r} + f'/{{workers.rank}}.safetensors')\n"
+        "workers.close()\n"
+    )
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env={**os.environ, **shared, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    start = model().state_dict()
+    for rank in range(2):
+        found = load_file(tmp_path / f"{rank}.safetensors")
+        for name, one in alone.items():
+            assert torch.allclose(one, found[name], atol=1e-5)
+            assert not torch.equal(one, start[name])
 
 
 def test_it_learns_and_goes_on_where_it_stopped(tmp_path: Path) -> None:

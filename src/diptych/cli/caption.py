@@ -10,16 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from diptych.cli.flags import (
-    BatchSize,
-    Device,
-    Dtype,
-    Model,
-    Output,
-    Revision,
-    Runtime,
-    with_options,
-)
+from diptych.cli.flags import BatchSize, Loading, Output, with_options
 from diptych.cli.terminal import FAILED, SOME_FAILED, Format, check_writable, complain, progress
 from diptych.errors import BadInput
 
@@ -29,14 +20,14 @@ if TYPE_CHECKING:
 __all__ = ["caption"]
 
 
-@with_options("CaptionOptions")
+@with_options("CaptionOptions", shared=("loading", Loading))
 def caption(
     paths: Annotated[
         list[str], typer.Argument(help="Files, folders, globs, URLs, or - for standard input.")
     ],
     *,
     options: Any,
-    model: Model = "default",
+    loading: Loading,
     format: Output = Format.text,
     batch_size: BatchSize = 8,
     heatmap: Annotated[
@@ -53,10 +44,6 @@ def caption(
     allow_urls: Annotated[bool, typer.Option(help="Allow http(s) addresses as pictures.")] = False,
     max_bytes: Annotated[int, typer.Option(min=1, help="Largest file to read.")] = 64 * 2**20,
     max_pixels: Annotated[int, typer.Option(min=1, help="Largest picture to decode.")] = 64_000_000,
-    runtime: Runtime = "auto",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    revision: Revision = None,
 ) -> None:
     """Describe pictures in words."""
     from diptych.image_to_text.captioner import Captioner
@@ -68,9 +55,7 @@ def caption(
         if len(inputs) != 1:
             raise BadInput(f"--heatmap draws one picture, and {len(inputs)} were given: give one")
         check_writable(heatmap, (".png", ".jpg", ".jpeg", ".webp"))
-    captioner = Captioner.load(
-        model, runtime=runtime, device=device, dtype=dtype, revision=revision
-    )
+    captioner = loading.load(Captioner.load)
     if verbose:
         complain(f"{captioner.model.name}: {captioner.networks.reason}")
     made = captioner.captions(

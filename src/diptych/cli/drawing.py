@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, Protocol
 
 import typer
 
-from diptych.cli.flags import Device, Dtype, Model, Output, Revision, Runtime
+from diptych.cli.flags import Loading, Output
 from diptych.cli.terminal import Format, check_writable, complain
-from diptych.errors import BadInput, DiptychError
+from diptych.errors import BadImage, BadInput, DiptychError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,7 +27,16 @@ if TYPE_CHECKING:
     from diptych.text_to_image.generator import ImageGenerator
     from diptych.text_to_image.previews import DenoisingStep
 
-__all__ = ["PICTURES", "Drawing", "FileNames", "listing", "steps_bar", "work", "write_sheet"]
+__all__ = [
+    "PICTURES",
+    "Drawing",
+    "FileNames",
+    "file_and_number",
+    "listing",
+    "steps_bar",
+    "work",
+    "write_sheet",
+]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _PREVIEW_EVERY_S = 0.5
@@ -35,7 +44,7 @@ _SLUG_BYTES = 60
 
 
 @dataclass
-class Drawing:
+class Drawing(Loading):
     """Hold the flags of every verb that makes pictures."""
 
     output: Annotated[
@@ -58,17 +67,12 @@ class Drawing:
         Optional[list[Path]],  # noqa: UP045
         typer.Option(help="A learned word (textual inversion); may be given several times."),
     ] = None
-    model: Model = "default"
     format: Output = Format.text
     verbose: Annotated[
         bool,
         typer.Option("--verbose", "-v", help="Say where it runs, and how long it took."),
     ] = False
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")] = False
-    runtime: Runtime = "auto"
-    device: Device = "auto"
-    dtype: Dtype = "auto"
-    revision: Revision = None
 
     def check(self) -> None:
         """Raise `BadInput` for a file that could not be written in the end."""
@@ -80,17 +84,11 @@ class Drawing:
         """Load the generator with its LoRAs and learned words."""
         from diptych.text_to_image.generator import ImageGenerator
 
-        generator = ImageGenerator.load(
-            self.model,
-            runtime=self.runtime,
-            device=self.device,
-            dtype=self.dtype,
-            revision=self.revision,
-        )
+        generator = self.load(ImageGenerator.load)
         if self.verbose:
             complain(f"{generator.model.name}: {generator.networks.reason}")
         for each in self.lora or []:
-            generator.load_lora(*lora_and_scale(each))
+            generator.load_lora(*file_and_number(each))
         for path in self.embedding or []:
             word = generator.load_textual_inversion(path)
             if self.verbose:
@@ -127,8 +125,9 @@ def work(
                 complain(note)
         if event.error is not None:
             failed += 1
-            told = f"{event.prompt[:60]!r}: " if event.prompt else ""
-            complain(f"{told}{event.error}")
+            # What is wrong with a file names the file; all else is told by the prompt.
+            is_of_file = isinstance(event.error, BadImage) or not event.prompt
+            complain(f"{'' if is_of_file else f'{event.prompt[:60]!r}: '}{event.error}")
             tell(event.as_dict(), None)
             continue
         path = name(event)
@@ -142,11 +141,11 @@ def work(
     return made, failed
 
 
-def lora_and_scale(text: str) -> tuple[str, float]:
-    """Split FILE:SCALE; the scale of a file alone is 1."""
-    path, _, scale = text.rpartition(":")
+def file_and_number(text: str) -> tuple[str, float]:
+    """Split FILE:NUMBER; the number of a file alone is 1."""
+    path, _, number = text.rpartition(":")
     try:
-        return (path, float(scale)) if path else (text, 1.0)
+        return (path, float(number)) if path else (text, 1.0)
     except ValueError:
         return text, 1.0
 

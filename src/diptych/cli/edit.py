@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from diptych.cli.drawing import Drawing, FileNames, listing, steps_bar, work, write_sheet
+from diptych.cli.drawing import (
+    Drawing,
+    FileNames,
+    file_and_number,
+    listing,
+    steps_bar,
+    work,
+    write_sheet,
+)
 from diptych.cli.flags import with_options
 from diptych.cli.terminal import FAILED, SOME_FAILED, complain
 from diptych.errors import BadInput
@@ -100,11 +108,16 @@ def stylize(
     strengths: Strengths = None,
 ) -> None:
     """Give pictures the style of another."""
-    styles, weights = zip(*(_style_and_weight(each) for each in style), strict=True)
+    styles, weights = zip(*(file_and_number(each) for each in style), strict=True)
 
     def follow(generator: ImageGenerator, sources: list[Any], asked: Any) -> Iterator[Event]:
         return generator.follow_style(
-            sources, list(styles), asked, prompt=prompt, style_weights=weights, mask_image=mask
+            sources,
+            [Path(each) for each in styles],
+            asked,
+            prompt=prompt,
+            style_weights=weights,
+            mask_image=mask,
         )
 
     _edit(pictures, options, drawing, follow, ("style_strength", strengths))
@@ -185,14 +198,6 @@ def _levels(field: str, given: str | None, *, has_grid: bool) -> tuple[float, ..
     if not levels or not all(0 <= level <= 1 for level in levels):
         raise BadInput(f"--strengths is {given!r}: give numbers from 0 to 1 with commas between")
     return levels
-
-
-def _style_and_weight(text: str) -> tuple[Path, float]:
-    path, _, weight = text.rpartition(":")
-    try:
-        return (Path(path), float(weight)) if path else (Path(text), 1.0)
-    except ValueError:
-        return Path(text), 1.0
 
 
 def _write_grid(

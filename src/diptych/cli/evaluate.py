@@ -8,16 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from diptych.cli.flags import (
-    BatchSize,
-    Device,
-    Dtype,
-    Model,
-    Output,
-    Revision,
-    Runtime,
-    with_options,
-)
+from diptych.cli.flags import BatchSize, Loading, Output, with_options
 from diptych.cli.terminal import SOME_FAILED, Format, check_writable, complain, progress
 from diptych.errors import BadInput
 
@@ -33,14 +24,14 @@ app = typer.Typer(
 
 
 @app.command("captions")
-@with_options("CaptionOptions")
+@with_options("CaptionOptions", shared=("loading", Loading))
 def evaluate_captions(
     references: Annotated[
         Path, typer.Argument(help="JSON lines with 'file' and 'captions', and maybe 'split'.")
     ],
     *,
     options: Any,
-    model: Model = "default",
+    loading: Loading,
     images: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder of the pictures; else that of the references."),
@@ -56,10 +47,6 @@ def evaluate_captions(
     ] = None,
     format: Output = Format.text,
     batch_size: BatchSize = 8,
-    runtime: Runtime = "auto",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    revision: Revision = None,
 ) -> None:
     """Score captions against people's: BLEU, ROUGE-L and CIDEr-D, beside blind baselines."""
     from diptych.evaluation.captions import read_captions, read_references, report
@@ -73,9 +60,7 @@ def evaluate_captions(
     else:
         from diptych.image_to_text.captioner import Captioner
 
-        captioner = Captioner.load(
-            model, runtime=runtime, device=device, dtype=dtype, revision=revision
-        )
+        captioner = loading.load(Captioner.load)
         paths = [each.path for each in described]
         texts, failed = caption_texts(captioner, paths, options, batch_size)
     if save_captions is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from diptych.cli.flags import Device, Dtype, Model, Output, Revision, Runtime, with_options
+from diptych.cli.flags import Loading, Output, with_options
 from diptych.cli.terminal import SOME_FAILED, Format, complain, progress
 from diptych.errors import BadInput, DiptychError
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate_images"]
 
 
-@with_options("GenerateOptions", without=("strength",))
+@with_options("GenerateOptions", without=("strength",), shared=("loading", Loading))
 def evaluate_images(
     pictures: Annotated[
         Optional[Path],  # noqa: UP045
@@ -33,7 +33,7 @@ def evaluate_images(
     ] = None,
     *,
     options: Any,
-    model: Model = "default",
+    loading: Loading,
     count: Annotated[int, typer.Option(min=1, help="Held-out prompts to draw.")] = 300,
     prompts_seed: Annotated[int, typer.Option(min=0, help="Another seed, other prompts.")] = 2024,
     save_images: Annotated[
@@ -45,10 +45,6 @@ def evaluate_images(
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Pictures made together; else as many as suits the device."),
     ] = None,
-    runtime: Runtime = "auto",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    revision: Revision = None,
 ) -> None:
     """Check drawn scenes for objects, colours, counts and places, beside what chance scores."""
     from diptych.evaluation.adherence import read_scene_prompts, report
@@ -62,9 +58,7 @@ def evaluate_images(
     else:
         from diptych.text_to_image.generator import ImageGenerator
 
-        generator = ImageGenerator.load(
-            model, runtime=runtime, device=device, dtype=dtype, revision=revision
-        )
+        generator = loading.load(ImageGenerator.load)
         repeats = range(options.num_images_per_prompt)
         prompts = [each for each in evaluation_prompts(count, prompts_seed) for _ in repeats]
         options = options.replace(num_images_per_prompt=1, seed=options.seed or 0)

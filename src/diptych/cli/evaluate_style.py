@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from diptych.cli.edit import NOT_OF_STYLE
-from diptych.cli.flags import Device, Dtype, Model, Output, Revision, Runtime, with_options
+from diptych.cli.flags import Loading, Output, with_options
 from diptych.cli.terminal import SOME_FAILED, Format, complain, progress
 from diptych.errors import BadInput, DiptychError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate_style"]
 
 
-@with_options("StyleOptions", without=NOT_OF_STYLE)
+@with_options("StyleOptions", without=NOT_OF_STYLE, shared=("loading", Loading))
 def evaluate_style(
     pairs: Annotated[
         Path,
@@ -32,16 +32,12 @@ def evaluate_style(
     ],
     *,
     options: Any,
-    model: Model = "default",
+    loading: Loading,
     alexnet: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Weights of torchvision's AlexNet to measure with; else statistics."),
     ] = None,
     format: Output = Format.text,
-    runtime: Runtime = "auto",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    revision: Revision = None,
 ) -> None:
     """Measure style transfers: distance from the content's structure, and from the style."""
     from diptych.evaluation.style_metrics import report
@@ -58,9 +54,7 @@ def evaluate_style(
     if any(row.get("result") is None for row in rows):
         from diptych.text_to_image.generator import ImageGenerator
 
-        generator = ImageGenerator.load(
-            model, runtime=runtime, device=device, dtype=dtype, revision=revision
-        )
+        generator = loading.load(ImageGenerator.load)
     triples, failed = [], 0
     with progress("stylizing", len(rows)) as advance:
         for row in rows:

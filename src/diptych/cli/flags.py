@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from importlib import import_module
-from typing import Annotated, Any, Optional, get_type_hints
+from typing import Annotated, Any, Optional, TypeVar, get_type_hints
 
 import typer
 
@@ -16,6 +16,7 @@ __all__ = [
     "BatchSize",
     "Device",
     "Dtype",
+    "Loading",
     "Model",
     "Output",
     "Revision",
@@ -31,6 +32,30 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures captioned together.")]
 Output = Annotated[Format, typer.Option("--format", "-f", help="How to print the results.")]
+
+
+Loaded = TypeVar("Loaded")
+
+
+@dataclasses.dataclass
+class Loading:
+    """Hold the flags of every verb that loads a model."""
+
+    model: Model = "default"
+    runtime: Runtime = "auto"
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    revision: Revision = None
+
+    def load(self, load: Callable[..., Loaded]) -> Loaded:
+        """Load what these flags name, by `Captioner.load` or `ImageGenerator.load`."""
+        return load(
+            self.model,
+            runtime=self.runtime,
+            device=self.device,
+            dtype=self.dtype,
+            revision=self.revision,
+        )
 
 
 # The class of options of each panel, and where it is.
