@@ -81,6 +81,32 @@ def test_a_broken_picture_spares_the_others(run: Run) -> None:  # noqa: F811
     assert "three.png" in done.err and done.err.count("\n") == 1
 
 
+def test_a_full_disk_ends_the_work(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    tried: list[Path] = []
+
+    def write_bytes(self: Path, data: bytes) -> int:
+        tried.append(self)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    done = run("img2img", "in", "-p", "red", "-o", "out", "--strengths", "0.5,1")
+    assert done.code == 1 and done.out == "" and len(tried) == 1
+    assert done.err.count("No space left on device") == 1
+
+
+def test_greys_of_16_bits_are_kept_and_shown(run: Run) -> None:  # noqa: F811
+    deep = np.random.default_rng(1).integers(0, 65536, (SIDE, SIDE), dtype=np.uint16)
+    Image.fromarray(deep).save("deep.png")
+    done = run(
+        *("inpaint", "deep.png", "-k", "mask.png", "-p", "red", "-o", "out.png"),
+        *("--strengths", "1", "--grid", "sheet.png"),
+    )
+    assert done.code == 0
+    with Image.open("out.png") as made, Image.open("mask.png") as mask:
+        outside = np.asarray(mask) == 0
+        assert np.array_equal(np.asarray(made)[outside], deep[outside])
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [

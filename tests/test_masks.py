@@ -159,7 +159,7 @@ def test_sizes_are_fitted_as_by_diffusers(mode: str, theirs: str) -> None:
 
 def test_extending_repeats_edges() -> None:
     picture = Image.fromarray(RANDOM.integers(0, 256, (4, 6, 3), dtype=np.uint8))
-    found = np.asarray(extend(picture, {"left": 2, "bottom": 3}))
+    found = np.asarray(extend(picture, left=2, bottom=3))
     assert found.shape == (7, 8, 3)
     assert np.array_equal(found[:4, 2:], np.asarray(picture))
     assert np.array_equal(found[5, 2:], np.asarray(picture)[-1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,6 @@ __all__ = [
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels, the last two outside."""
-
-_SIDES = ("left", "top", "right", "bottom")
 
 
 def fit(image: Image.Image, size: tuple[int, int], mode: str = "resize") -> Image.Image:
@@ -58,9 +55,10 @@ def fit(image: Image.Image, size: tuple[int, int], mode: str = "resize") -> Imag
     return canvas
 
 
-def extend(image: Image.Image, sides: Mapping[str, int]) -> Image.Image:
-    """Return a larger picture: `sides` (left, top, right, bottom) pixels more, edges repeated."""
-    left, top, right, bottom = (sides.get(side, 0) for side in _SIDES)
+def extend(
+    image: Image.Image, *, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0
+) -> Image.Image:
+    """Return a picture that is larger by so many pixels a side, its edges repeated."""
     values = np.asarray(image)
     more = [(top, bottom), (left, right), (0, 0)][: values.ndim]
     return Image.fromarray(np.pad(values, more, mode="edge"))

@@ -921,7 +921,7 @@ def contact_sheet(
         raise BadInput(f"a contact sheet needs panels and columns: {len(panels)}, {columns}")
     cells = []
     for index, panel in enumerate(panels):
-        cell = panel.convert("RGB")
+        cell = _to_rgb(panel, "white")
         cell.thumbnail((max_side, max_side))
         cells.append(_labelled(cell, labels[index]) if index < len(labels) else cell)
     columns = min(columns, len(cells))

@@ -98,19 +98,20 @@ class Drawing(Loading):
 
 def work(
     events: Iterator[DenoisingStep | GeneratedImage],
-    name: Callable[[GeneratedImage], Path],
+    name: Callable[[int, GeneratedImage], Path],
     tell: Tell,
     advance: Advance,
     preview: Path | None,
-) -> tuple[list[GeneratedImage], int]:
-    """Save each picture as it is finished; return those saved, and how many failed.
+) -> tuple[dict[int, GeneratedImage], int]:
+    """Save each picture as it is finished; return those saved by number, and how many failed.
 
-    A picture that cannot be saved ends the work: the next would meet the same full disk.
+    `name` gives the path of a picture by its number among all that come. A picture that cannot be
+    saved ends the work: the next would meet the same full disk.
     """
     from diptych.text_to_image.generated_image import GeneratedImage
 
-    made: list[GeneratedImage] = []
-    failed, shown = 0, 0.0
+    made: dict[int, GeneratedImage] = {}
+    number, failed, shown = -1, 0, 0.0
     noted: set[str] = set()
     for event in events:
         if not isinstance(event, GeneratedImage):
@@ -119,6 +120,7 @@ def work(
                 write_sheet(event.previews(), preview)
                 shown = time.monotonic()
             continue
+        number += 1
         for note in event.notes:
             if note not in noted:
                 noted.add(note)
@@ -130,13 +132,13 @@ def work(
             complain(f"{'' if is_of_file else f'{event.prompt[:60]!r}: '}{event.error}")
             tell(event.as_dict(), None)
             continue
-        path = name(event)
+        path = name(number, event)
         try:
             event.save(path)
         except DiptychError as error:
             complain(str(error))
             return made, failed + 1
-        made.append(event)
+        made[number] = event
         tell(event.as_dict(), path)
     return made, failed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -145,47 +146,25 @@ def _edit(
     started = time.perf_counter()
     made: list[tuple[int, int, GeneratedImage]] = []
     failed = 0
+
+    def name(number: int, picture: GeneratedImage, told: str) -> Path:
+        return names.next(f"{Path(inputs[number // each].name).stem}{told}", picture.seed)
+
     with listing(drawing.format) as tell, steps_bar(pictures, hide=drawing.quiet) as advance:
         for level, wanted in enumerate(asked):
-            namer = _Namer(names, inputs, each, levels[level : level + 1])
+            told = f"-{levels[level]:g}" if levels else ""
             events = follow(generator, [one.source for one in inputs], wanted)
-            done, broken = work(_counted(events, namer), namer, tell, advance, drawing.preview)
-            made += [(namer.places[id(one)], level, one) for one in done]
+            done, broken = work(*(events, partial(name, told=told), tell, advance), drawing.preview)
+            made += [(number // each, level, picture) for number, picture in done.items()]
             failed += broken
+            if len(done) + broken < len(inputs) * each:
+                break  # the disk is full
     if drawing.verbose:
         complain(f"{len(made)} of {pictures} in {time.perf_counter() - started:.1f} s")
     if drawing.grid is not None and made:
         _write_grid(drawing.grid, inputs, made, levels)
     if failed or len(made) < pictures:
         raise typer.Exit(SOME_FAILED if made else FAILED)
-
-
-class _Namer:
-    """Name each result after the picture it was made from, and its strength where it varies."""
-
-    def __init__(
-        self, names: FileNames, inputs: Sequence[Picture], each: int, level: Sequence[float]
-    ) -> None:
-        self.names, self.inputs, self.each, self.level = names, inputs, each, level
-        self.seen = -1
-        self.places: dict[int, int] = {}
-
-    def __call__(self, picture: GeneratedImage) -> Path:
-        place = self.seen // self.each
-        self.places[id(picture)] = place
-        stem = Path(self.inputs[place].name).stem
-        level = "".join(f"-{each:g}" for each in self.level)
-        return self.names.next(f"{stem}{level}", picture.seed)
-
-
-def _counted(events: Iterator[Event], namer: _Namer) -> Iterator[Event]:
-    """Tell the namer which picture of the call comes, be it made or failed."""
-    from diptych.text_to_image.generated_image import GeneratedImage
-
-    for event in events:
-        if isinstance(event, GeneratedImage):
-            namer.seen += 1
-        yield event
 
 
 def _levels(field: str, given: str | None, *, has_grid: bool) -> tuple[float, ...]:

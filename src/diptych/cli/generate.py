@@ -46,13 +46,13 @@ def generate(
     events = generator.follow(wanted, options, batch_size=batch_size)
     with listing(drawing.format) as tell, steps_bar(pictures, hide=drawing.quiet) as advance:
         made, failed = work(
-            *(events, lambda each: names.next(each.prompt, each.seed), tell, advance),
+            *(events, lambda _, each: names.next(each.prompt, each.seed), tell, advance),
             drawing.preview,
         )
     if drawing.verbose:
         complain(f"{len(made)} of {pictures} in {time.perf_counter() - started:.1f} s")
     if drawing.grid is not None and made:
-        write_sheet([picture.image for picture in made], drawing.grid)
+        write_sheet([picture.image for picture in made.values()], drawing.grid)
         complain(f"grid: {drawing.grid}")
     if failed or len(made) < pictures:
         raise typer.Exit(SOME_FAILED if made else FAILED)

@@ -254,7 +254,7 @@ def _extended(
     original: Image.Image, mask: Floats, sides: Mapping[str, int]
 ) -> tuple[Image.Image, Floats]:
     """Enlarge picture and mask; the new part is to be painted, and a little of the old one."""
-    larger = extend(original, sides)
+    larger = extend(original, **sides)
     left, top = sides.get("left", 0), sides.get("top", 0)
     whole = np.ones((larger.height, larger.width), np.float32)
     kept = np.zeros((original.height, original.width), np.float32)
@@ -320,7 +320,7 @@ class _Frame:
         if self.mode != "exact":
             return fit(part, self.size, self.mode)
         right, bottom = self.size[0] - part.width, self.size[1] - part.height
-        return extend(part, {"right": right, "bottom": bottom})
+        return extend(part, right=right, bottom=bottom)
 
     def give_back(self, drawn: Image.Image) -> Image.Image:
         """Return what was drawn at the size of the part it stands for."""
