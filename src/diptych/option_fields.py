@@ -151,7 +151,13 @@ def _wanted(metadata: Mapping[str, Any]) -> str:
     """Say in words what an option accepts."""
     if metadata["choices"]:
         return "one of " + ", ".join(repr(choice) for choice in metadata["choices"])
-    nouns = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+    nouns = {
+        int: "a whole number",
+        float: "a number",
+        bool: "True or False",
+        str: "a text",
+        tuple: "a list of texts",
+    }
     text, low, high = nouns[metadata["kind"]], metadata["low"], metadata["high"]
     spell = str if metadata["kind"] is int else "{:g}".format
     if high is not None:

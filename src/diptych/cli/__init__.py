@@ -18,6 +18,7 @@ from diptych.cli import (
     evaluate,
     evaluate_images,
     evaluate_style,
+    finetune,
     generate,
     models,
 )
@@ -47,6 +48,7 @@ app.command()(models.models)
 evaluate.app.command("images")(evaluate_images.evaluate_images)
 evaluate.app.command("style")(evaluate_style.evaluate_style)
 app.add_typer(evaluate.app, name="evaluate")
+app.add_typer(finetune.app, name="finetune")
 
 
 def main() -> None:

@@ -58,8 +58,10 @@ class Loading:
         )
 
 
-# The class of options of each panel, and where it is.
+# The classes of options, and where they are.
 _PANELS = {
+    "CaptionerTrainOptions": "diptych.training.options",
+    "GeneratorTrainOptions": "diptych.training.options",
     "CaptionOptions": "diptych.image_to_text.options",
     "GenerateOptions": "diptych.text_to_image.options",
     "ImageToImageOptions": "diptych.text_to_image.options",
@@ -84,9 +86,9 @@ def with_options(
     def decorate(verb: Callable[..., Any]) -> Callable[..., Any]:
         def run(**values: Any) -> Any:
             asked = {
-                field.name: meant(value) if True in field.metadata["choices"] else value
+                field.name: _as_field(field, value)
                 for field in fields()
-                if (value := values.pop(field.name)) is not None
+                if (value := values.pop(field.name)) is not None and value != []
             }
             if shared is not None:
                 name, group = shared
@@ -130,7 +132,8 @@ def _fields_as_flags(group: type) -> list[inspect.Parameter]:
 def _flag(field: Any) -> inspect.Parameter:
     """Describe one field of an options dataclass to Typer."""
     meta = field.metadata
-    kind = str if "never" in meta["choices"] else meta["kind"]
+    kind: Any = str if "never" in meta["choices"] else meta["kind"]
+    kind = list[str] if kind is tuple else kind
     dashed = f"--{field.name.replace('_', '-')}"
     names = [f"{dashed}/--no-{dashed[2:]}"] if kind is bool else [dashed]
     names += [_SHORTER[field.name]] if field.name in _SHORTER else []
@@ -145,6 +148,13 @@ def _flag(field: Any) -> inspect.Parameter:
         default=None,
         annotation=Annotated[Optional[kind], option],  # noqa: UP045
     )
+
+
+def _as_field(field: Any, value: Any) -> Any:
+    """Turn what a flag gives into what the field holds."""
+    if field.metadata["kind"] is tuple:
+        return tuple(value)
+    return meant(value) if True in field.metadata["choices"] else value
 
 
 def meant(value: Any) -> Any:

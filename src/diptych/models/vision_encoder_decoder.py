@@ -50,7 +50,11 @@ class VisionEncoderDecoder(nn.Module):
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Map [B, C, H, W] to `cross_key_values` or `prefix_embeds`, whichever the bridge gives."""
-        bridged: Tensor = self.bridge(self.encoder(pixel_values))
+        return self.connect(self.encoder(pixel_values))
+
+    def connect(self, encoder_hidden_states: Tensor) -> Tensor:
+        """Map what the encoder says, [B, P, D], to what `encode` gives."""
+        bridged: Tensor = self.bridge(encoder_hidden_states)
         return bridged if self.config.bridge == "prefix" else self.decoder.cross_key_values(bridged)
 
     def step(
@@ -70,7 +74,11 @@ class VisionEncoderDecoder(nn.Module):
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
         """Return the logits [B, T, V] behind every word of `input_ids` [B, T], for training."""
-        hidden, _, _ = self._decode(input_ids, self.encode(pixel_values), None, False)
+        return self.score(self.encode(pixel_values), input_ids)
+
+    def score(self, bridged: Tensor, input_ids: Tensor) -> Tensor:
+        """Return the logits [B, T, V] behind every word, of pictures that are encoded already."""
+        hidden, _, _ = self._decode(input_ids, bridged, None, False)
         return self.decoder.logits(hidden[:, -input_ids.shape[1] :])
 
     def _decode(

@@ -29,6 +29,8 @@ __all__ = [
     "build_denoiser",
     "concatenate",
     "guidance_embedding",
+    "training_target",
+    "training_weight",
 ]
 
 Array = Any
@@ -116,6 +118,33 @@ class EpsDenoiser:
             return output
         # v = sqrt(abar) eps - sqrt(1 - abar) x0 (Salimans & Ho 2022)
         return latents / (sigma**2 + 1) - output * (sigma / math.hypot(sigma, 1))
+
+
+def training_target(
+    prediction_type: str, latents: Array, noise: Array, sigma: Array | float
+) -> Array:
+    """Return what a network should have said of `latents` + `sigma` · `noise`.
+
+    It is what `EpsDenoiser.to_denoised` turns back into `latents`. `sigma` `B 1 1 1` or a number.
+    """
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "sample":
+        return latents
+    return (noise - latents * sigma) / (sigma**2 + 1) ** 0.5
+
+
+def training_weight(prediction_type: str, sigma: float, snr_gamma: float | None) -> float:
+    """Return how much the squared error at `sigma` counts by min-SNR (Hang et al. 2023).
+
+    As diffusers weighs it: min(snr, gamma) over snr for noise, over snr + 1 for v; for the sample
+    itself min(snr, gamma).
+    """
+    if snr_gamma is None:
+        return 1.0
+    snr = min(1 / max(sigma, 1e-8) ** 2, 1e8)
+    divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1.0}[prediction_type]
+    return min(snr, snr_gamma) / divisor
 
 
 class Guided:

@@ -6,9 +6,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -16,15 +17,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 
+class Tensors(Protocol):
+    """Hold tensors by name, as a module does."""
+
+    def state_dict(self) -> Mapping[str, Tensor]: ...
+
+
 class Average:
     """Follow a module's weights and buffers by an exponential moving average."""
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: Tensors, decay: float) -> None:
         self.decay, self.steps = decay, 0
         self.tensors = {name: value.clone() for name, value in module.state_dict().items()}
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
+    def update(self, module: Tensors) -> None:
         # The young average forgets faster, else the random start would linger in it.
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
@@ -33,6 +40,22 @@ class Average:
                 self.tensors[name].lerp_(value, 1 - decay)
             else:
                 self.tensors[name].copy_(value)
+
+    @contextmanager
+    def swapped(self, module: Tensors) -> Iterator[None]:
+        """Put the average into `module` for a while, and what was there back afterwards."""
+        kept = {name: value.detach().clone() for name, value in module.state_dict().items()}
+        _copy(self.tensors, module)
+        try:
+            yield
+        finally:
+            _copy(kept, module)
+
+
+@torch.no_grad()
+def _copy(source: Mapping[str, Tensor], module: Tensors) -> None:
+    for name, value in module.state_dict().items():
+        value.copy_(source[name])
 
 
 def save_state(
@@ -46,8 +69,8 @@ def save_state(
     tensors: dict[str, Tensor] = {}
     for prefix, named in (("module", module.state_dict()), ("average", average.tensors)):
         tensors |= {f"{prefix}.{name}": value for name, value in named.items()}
-    for index, values in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+    packed_optimizer = pack_optimizer(optimizer)
+    tensors |= {f"optimizer.{name}": value for name, value in packed_optimizer.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     note = json.dumps({**progress, "average_steps": average.steps})
@@ -72,9 +95,25 @@ def load_state(
     module.load_state_dict(groups["module"])
     average.tensors = {k: v.to(average.tensors[k].device) for k, v in groups["average"].items()}
     average.steps = progress["average_steps"]
+    unpack_optimizer(optimizer, groups["optimizer"])
+    return progress
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return what an optimizer remembers, by the number of the parameter and a word."""
+    return {
+        f"{index}.{name}": torch.as_tensor(value)
+        for index, values in optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, packed: Mapping[str, Tensor]) -> None:
+    """Give an optimizer back what `pack_optimizer` took from one of the same parameters."""
     state: dict[int, dict[str, Tensor]] = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for key, value in groups["optimizer"].items():
+    for key, value in packed.items():
         index, name = key.split(".", 1)
         like = parameters[int(index)]
         # The fused optimizer wants its averages laid out in memory as the parameter is.
@@ -82,7 +121,6 @@ def load_state(
         state.setdefault(int(index), {})[name] = fits.detach()
     whole = optimizer.state_dict()
     optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
-    return progress
 
 
 def read_average(path: Path) -> dict[str, Tensor]:

@@ -25,15 +25,18 @@ from diptych.weights.tensors import FETCH_ANEW, StoredTensor, read_safetensors
 __all__ = [
     "ModelFolder",
     "check_artifact",
+    "checkpoint_files",
     "contents",
     "describe",
     "networks_of",
     "object_in",
     "precision_of",
+    "preprocessing_of",
     "read_checkpoint",
     "read_document",
     "read_tensors",
     "shards_of",
+    "tokenizer_of",
     "verify",
 ]
 
@@ -170,10 +173,10 @@ def _describe_checkpoint(folder: Path, name: str, revision: str | None) -> Model
         name=name,
         revision=revision,
         config=config,
-        preprocessing=_preprocessing(folder, config["encoder"]["image_size"]),
+        preprocessing=preprocessing_of(folder, config["encoder"]["image_size"]),
         generation=generation_defaults(document, words, config["decoder"]["vocab_size"]),
-        tokenizer=_tokenizer(folder),
-        weights=_weights(folder),
+        tokenizer=tokenizer_of(folder),
+        weights=checkpoint_files(folder),
         networks={},
         precision=None,
     )
@@ -193,8 +196,8 @@ def _describe_artifact(folder: Path, name: str, revision: str | None) -> ModelFo
         config=config,
         preprocessing=object_in(document, "preprocessing"),
         generation=filter_words(object_in(document, "generation"), vocab_size),
-        tokenizer=_tokenizer(folder),
-        weights=_weights(folder),
+        tokenizer=tokenizer_of(folder),
+        weights=checkpoint_files(folder),
         networks=networks_of(folder, object_in(document, "networks"), _CAPTIONER_NETWORKS),
         precision=precision_of(document.get("precision")),
     )
@@ -289,7 +292,8 @@ def object_in(document: Mapping[str, Any], word: str) -> dict[str, Any]:
     return value
 
 
-def _preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
+def preprocessing_of(folder: Path, image_size: int) -> dict[str, Any]:
+    """Return how the checkpoint in `folder` wants its pictures, else as ViT does."""
     found = read_document(folder, "preprocessor_config.json", missing=None)
     if found is None:
         # Processors of transformers 5 may be saved in one file with their tokenizer.
@@ -310,7 +314,8 @@ def _preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
     }
 
 
-def _tokenizer(folder: Path) -> Path:
+def tokenizer_of(folder: Path) -> Path:
+    """Return the file of the tokenizer in `folder`; raises `UnsupportedModel` for none."""
     if (path := folder / "tokenizer.json").is_file():
         return path
     if (path := folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -321,7 +326,8 @@ def _tokenizer(folder: Path) -> Path:
     )
 
 
-def _weights(folder: Path) -> tuple[Path, ...]:
+def checkpoint_files(folder: Path) -> tuple[Path, ...]:
+    """Return the weights in `folder`, safetensors first; () for none."""
     for single, index in _CHECKPOINTS:
         if (folder / single).is_file():
             return (folder / single,)

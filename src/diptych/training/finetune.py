@@ -1,0 +1,271 @@
+"""Fine-tune a model on one's own pictures: what both panels do alike around the loop."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diptych import __version__
+from diptych.errors import BadInput
+from diptych.runtimes.on_torch import best_device
+from diptych.training.checkpoints import Checkpoints, locked, write_whole
+from diptych.training.data import Advance, Dataset, prepare, write_captions
+from diptych.training.loop import Finished, Task, fit
+from diptych.training.options import CaptionerTrainOptions, GeneratorTrainOptions, TrainOptions
+from diptych.training.parallel import Workers
+from diptych.weights.load_module import as_device
+
+__all__ = ["Reporting", "finetune_captioner", "finetune_generator", "read_data"]
+
+logger = logging.getLogger("diptych")
+
+
+@dataclass(frozen=True, slots=True)
+class Reporting:
+    """Hold who is told: of rows of metrics, of what is going on, and of pictures being read."""
+
+    tell: Callable[[dict[str, Any]], None] | None = None
+    note: Callable[[str], None] = logger.info
+    advance: Callable[[int], Advance] | None = field(default=None)
+
+
+def finetune_generator(
+    data: str | Path,
+    output: str | Path,
+    model: str | Path = "default",
+    options: GeneratorTrainOptions | None = None,
+    *,
+    device: str = "auto",
+    revision: str | None = None,
+    resume: bool = False,
+    caption_with: str | None = None,
+    reporting: Reporting | None = None,
+    **overrides: Any,
+) -> Finished:
+    """Train a generator on the pictures of `data`, and write what it learned to `output`.
+
+    `overrides` are words of `GeneratorTrainOptions` and win over `options`. A LoRA is written as
+    `pytorch_lora_weights.safetensors`, a word as `learned_embeds.safetensors`, all weights as the
+    folder `model`. With `resume` a run goes on from its last checkpoint, and begins where there is
+    none. `caption_with` names a captioner for pictures without captions. Raises `BadInput` for
+    data or options that cannot be used, `Stopped` (a KeyboardInterrupt) when told to stop.
+    """
+    from diptych.training.generator import GeneratorTask, generator_defaults
+    from diptych.weights.diffusion import resolve_generator
+    from diptych.weights.load_generator import load_generator
+
+    asked = (options or GeneratorTrainOptions()).replace(**overrides)
+    described = resolve_generator(str(model), revision=revision)
+    resolved = asked.resolve(generator_defaults(asked, described))
+    with _run(Path(output), model, data, resolved, device, resume, reporting) as run:
+        dataset = run.read(data, caption_with)
+        modules = load_generator(described, device=run.device, dtype="float32", check_finite=True)
+        task = GeneratorTask(
+            described,
+            modules,
+            dataset.train,
+            dataset.validation,
+            resolved,
+            run.folder,
+            device=run.device,
+            workers=run.workers,
+            fingerprint=_fingerprint(dataset, described.name, described.weights),
+            note=run.reporting.note,
+        )
+        return run.fit(task)
+
+
+def finetune_captioner(
+    data: str | Path,
+    output: str | Path,
+    model: str | Path = "default",
+    options: CaptionerTrainOptions | None = None,
+    *,
+    encoder: str | Path | None = None,
+    decoder: str | Path | None = None,
+    device: str = "auto",
+    revision: str | None = None,
+    resume: bool = False,
+    reporting: Reporting | None = None,
+    **overrides: Any,
+) -> Finished:
+    """Train a captioner on the captioned pictures of `data`, and write it to `output`/model.
+
+    `overrides` are words of `CaptionerTrainOptions`. `encoder` and `decoder`, a ViT and a GPT-2,
+    make a new captioner instead of `model`. With `resume` a run goes on from its last checkpoint.
+    Raises as `finetune_generator` does.
+    """
+    from diptych.training.captioner import CaptionerTask, captioner_defaults, open_captioner
+
+    asked = (options or CaptionerTrainOptions()).replace(**overrides)
+    if (encoder is None) != (decoder is None):
+        raise BadInput("a new captioner wants both encoder and decoder: a ViT and a GPT-2")
+    resolved = asked.resolve(captioner_defaults(asked, is_new=encoder is not None))
+    name = model if encoder is None else f"{encoder} + {decoder}"
+    with _run(Path(output), name, data, resolved, device, resume, reporting) as run:
+        dataset = run.read(data, None)
+        opened = open_captioner(
+            str(model),
+            None if encoder is None or decoder is None else (str(encoder), str(decoder)),
+            resolved,
+            device=run.device,
+            revision=revision,
+        )
+        task = CaptionerTask(
+            opened,
+            dataset.train,
+            dataset.validation,
+            resolved,
+            run.folder,
+            device=run.device,
+            workers=run.workers,
+            fingerprint=_fingerprint(dataset, str(name), {"": opened.files}),
+        )
+        return run.fit(task)
+
+
+def read_data(
+    data: str | Path,
+    options: TrainOptions,
+    *,
+    captions: Path | None = None,
+    caption_with: str | None = None,
+    reporting: Reporting | None = None,
+) -> Dataset:
+    """Read and check the pictures that a run with `options` would train on.
+
+    `captions` is where those that `caption_with` writes are kept.
+    """
+    method = getattr(options, "method", "")
+    fraction = options.validation_fraction
+    if fraction is None and method in ("dreambooth", "textual-inversion"):
+        fraction = 0.0
+    caption_all = None
+    if caption_with is not None:
+        assert captions is not None, "captions are kept somewhere"
+        caption_all = write_captions(captions, caption_with)
+    return prepare(
+        data,
+        validation_fraction=fraction,
+        image_column=options.image_column,
+        caption_column=options.caption_column,
+        caption_all=caption_all,
+        needs_captions=method not in ("dreambooth", "textual-inversion"),
+        advance=None if reporting is None else reporting.advance,
+    )
+
+
+# --- one run --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Hold the folder of a run, and the processes and the device that do it."""
+
+    folder: Path
+    options: TrainOptions
+    device: torch.device
+    workers: Workers
+    resume: bool
+    reporting: Reporting
+
+    def read(self, data: str | Path, caption_with: str | None) -> Dataset:
+        """Read the data; the first process alone writes captions, the others read them."""
+        captions = self.folder / "captions.jsonl"
+        if not self.workers.leads:
+            self.workers.wait()
+        dataset = read_data(
+            data,
+            self.options,
+            captions=captions,
+            caption_with=caption_with,
+            reporting=self.reporting if self.workers.leads else None,
+        )
+        if self.workers.leads:
+            report = json.dumps(dataset.report.as_dict(), indent=2, ensure_ascii=False)
+            write_whole(self.folder / "dataset.json", report + "\n")
+            self.reporting.note(dataset.report.as_text())
+            self.workers.wait()
+        return dataset
+
+    def fit(self, task: Task) -> Finished:
+        return fit(
+            task,
+            self.options,
+            self.folder,
+            workers=self.workers,
+            resume=self.resume,
+            tell=self.reporting.tell,
+        )
+
+
+@contextmanager
+def _run(
+    folder: Path,
+    model: str | Path,
+    data: str | Path,
+    options: TrainOptions,
+    device: str,
+    resume: bool,
+    reporting: Reporting | None,
+) -> Iterator[_Run]:
+    """Enter the folder of a run, alone; leave a note of what is done there."""
+    folder = folder.expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder}: is a file: give a folder to write to")
+    workers = Workers()
+    try:
+        with locked(folder) if workers.leads else nullcontext():
+            step = Checkpoints(folder / "checkpoints").newest_step()
+            if step is not None and not resume:
+                raise BadInput(
+                    f"{folder}: holds a run that is at step {step}: resume it, or give another "
+                    "folder"
+                )
+            if workers.leads:
+                document = {
+                    "diptych": __version__,
+                    "torch": torch.__version__,
+                    "model": str(model),
+                    "data": str(data),
+                    "options": options.as_dict(),
+                }
+                write_whole(folder / "run.json", json.dumps(document, indent=2) + "\n")
+            yield _Run(
+                folder,
+                options,
+                as_device(_device(device)),
+                workers,
+                resume,
+                reporting or Reporting(),
+            )
+    except OSError as error:
+        raise BadInput(
+            f"{folder}: cannot be written ({error.strerror or error}): make room and resume, or "
+            "give another folder"
+        ) from error
+    finally:
+        workers.close()
+
+
+def _device(device: str) -> str:
+    device = best_device() if device == "auto" else device
+    # What torchrun and `accelerate launch` number the processes of a machine by.
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if device == "cuda" and local is not None else device
+
+
+def _fingerprint(dataset: Dataset, name: str, weights: Any) -> str:
+    """Return what tells this run's data and beginning from others."""
+    sizes = sorted([path.name, path.stat().st_size] for paths in weights.values() for path in paths)
+    text = json.dumps([dataset.fingerprint, name, sizes])
+    return hashlib.sha256(text.encode()).hexdigest()

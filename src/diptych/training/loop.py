@@ -1,0 +1,607 @@
+"""The one training loop: a task says what is learned, the loop how.
+
+All chance follows from the seed and the number of the batch, so a run that goes on from a
+checkpoint does what it would have done: on a CPU, to the bit.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diptych.errors import BadInput, DiptychError
+from diptych.training.checkpoints import Checkpoint, Checkpoints
+from diptych.training.journal import Journal
+from diptych.training.optimizers import (
+    Group,
+    learning_rate_factor,
+    make_optimizer,
+    set_learning_rate,
+)
+from diptych.training.options import TrainOptions
+from diptych.training.parallel import Workers
+from diptych.training.report import write_report
+from diptych.training.state import Average, pack_optimizer, unpack_optimizer
+
+__all__ = ["Finished", "Stopped", "Task", "Validation", "fit"]
+
+logger = logging.getLogger("diptych")
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_MOST_NOT_FINITE = 10  # steps in a row
+_RECENT = 20  # batches whose mean loss tells whether the run diverges
+_RISES = 3  # steps of validation in a row that look like over-fitting
+# What may differ when a run goes on: it changes what is shown or kept, not what is learned.
+_FREE = frozenset(
+    {
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "gradient_checkpointing",
+        "keep_best",
+        "logging_steps",
+        "max_train_steps",
+        "num_sample_captions",
+        "num_sample_images",
+        "report_to",
+        "sample_prompts",
+        "sample_steps",
+        "save_kohya",
+        "save_single_file",
+        "validation_steps",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """Hold what held-out data says: `loss`, further numbers, and what is shown beside them.
+
+    The best of several has the highest `merit`.
+    """
+
+    loss: float
+    parts: Mapping[str, float]
+    merit: float
+    shown: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Task(Protocol):
+    """Say what is learned."""
+
+    groups: Sequence[Group]
+    device: torch.device
+    batches_per_epoch: int
+    fingerprint: str
+
+    def rate(self, step: int) -> float:
+        """Return what the learning rate is multiplied by at `step`, for phases of a run."""
+        ...
+
+    def losses(self, number: int, rows: slice) -> Tensor:
+        """Return what each of these rows of batch `number` adds to its loss.
+
+        The loss of the batch is the sum over all its rows, by `train_batch_size`.
+        """
+        ...
+
+    def validate(self) -> Validation | None:
+        """Measure the weights as they are; None where nothing is held out."""
+        ...
+
+    def sample(self, step: int) -> None:
+        """Show what the weights can do."""
+        ...
+
+    def finish(self) -> list[Path]:
+        """Write what was learned, and return the files."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Hold how a run ended: the files, and the validation losses of its start and its end."""
+
+    folder: Path
+    files: tuple[Path, ...]
+    step: int
+    start: float | None
+    end: float | None
+    best_step: int | None = None
+
+    @property
+    def change(self) -> float | None:
+        """Return the change of the validation loss as a share of that at the start."""
+        if not self.start or self.end is None:
+            return None
+        return self.end / self.start - 1
+
+
+class Stopped(KeyboardInterrupt):
+    """Report that a run was told to stop, and kept its state at `step`."""
+
+    def __init__(self, step: int, folder: Path) -> None:
+        super().__init__(f"stopped at step {step}: nothing is lost in {folder}")
+        self.step, self.folder = step, folder
+
+
+def fit(
+    task: Task,
+    options: TrainOptions,
+    folder: Path,
+    *,
+    workers: Workers | None = None,
+    resume: bool = False,
+    tell: Callable[[dict[str, Any]], None] | None = None,
+) -> Finished:
+    """Train `task` in `folder`, from the last checkpoint there with `resume`.
+
+    Ctrl-C and SIGTERM end it after the step at hand, with a checkpoint; raises `Stopped` then.
+    Raises `BadInput` where the run cannot go on: other settings, a full disk, a loss that is not
+    finite. The caller keeps other runs out of the folder.
+    """
+    with torch.random.fork_rng(devices=[]):
+        run = _Run(task, options, folder, workers or Workers.alone(), resume, tell)
+        try:
+            with _signals() as asked:
+                return run.go(asked)
+        finally:
+            run.close()
+
+
+class _Run:
+    """Hold one run: what learns, the optimizer, and what is remembered between steps."""
+
+    def __init__(
+        self,
+        task: Task,
+        options: TrainOptions,
+        folder: Path,
+        workers: Workers,
+        resume: bool,
+        tell: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
+        self.task, self.options, self.folder, self.workers = task, options, folder, workers
+        self.total = options.max_train_steps
+        self.parameters: dict[str, nn.Parameter] = {
+            name: each for group in task.groups for name, each in group.parameters.items()
+        }
+        self.optimizer = make_optimizer(task.groups, options, workers)
+        self.average = Average(self, options.ema_decay) if options.ema_decay else None
+        dtype = _DTYPES.get(options.mixed_precision)
+        self._autocast: Any = (
+            (lambda: torch.autocast(task.device.type, dtype)) if dtype else nullcontext
+        )
+        is_scaled = options.mixed_precision == "fp16"
+        self.scaler = torch.amp.GradScaler(task.device.type, enabled=is_scaled)
+        self.checkpoints = Checkpoints(folder / "checkpoints", options.checkpoints_total_limit)
+        self.step, self.not_finite = 0, 0
+        self.start: Validation | None = None
+        self.last: Validation | None = None
+        self.best: tuple[int, Validation] | None = None
+        self.best_tensors: dict[str, Tensor] = {}
+        self.rises = 0
+        self.losses: list[float] = []  # since the last line of metrics
+        self.first_loss: float | None = None
+        self.recent: list[float] = []
+        self.seen = 0  # pictures, since this process began
+        if resume:
+            self._resume()
+        self.journal = Journal(
+            folder,
+            self.step,
+            tensorboard=options.report_to == "tensorboard" and workers.leads,
+            tell=tell if workers.leads else None,
+        )
+        self.began = time.monotonic()
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Return what learns, by name."""
+        return self.parameters
+
+    # --- the loop -----------------------------------------------------------------------------
+
+    def go(self, asked: _Asked) -> Finished:
+        options = self.options
+        if self.step == 0:
+            self.start = self._validate()
+            self._sample()
+        while self.step < self.total:
+            self._update()
+            if self._is_due(options.logging_steps):
+                self._log()
+            if self._is_due(self._validation_steps()):
+                self._validate()
+            if self._is_due(self._sample_steps()):
+                self._sample()
+            stops = self._anyone(asked.to_stop) and self.step < self.total
+            if stops or self._is_due(options.checkpointing_steps):
+                self._save()
+            if stops:
+                raise Stopped(self.step, self.folder)
+        return self._finish()
+
+    def _update(self) -> None:
+        """Take one step of the optimizer."""
+        options, number = self.options, self.step * self.options.gradient_accumulation_steps
+        group = self.optimizer.param_groups[0]
+        factor = learning_rate_factor(
+            options.lr_scheduler,
+            self.step,
+            self.total,
+            options.lr_warmup_steps,
+            group["peak"],
+        )
+        set_learning_rate(self.optimizer, factor * self.task.rate(self.step))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        try:
+            for part in range(options.gradient_accumulation_steps):
+                loss += self._backward(number + part)
+        except DiptychError as error:
+            # A picture that vanished, say: the weights are still those of the step before.
+            self._save()
+            raise type(error)(*_with_hint(error, self.step)) from error
+        self._step_optimizer(loss)
+        self.step += 1
+        self.seen += options.train_batch_size * options.gradient_accumulation_steps
+
+    def _backward(self, number: int) -> float:
+        options, workers = self.options, self.workers
+        torch.manual_seed(_seed(options.seed, number, workers.rank))
+        rows = slice(workers.rank, None, workers.count)
+        with self._autocast():
+            losses = self.task.losses(number, rows)
+            loss = losses.sum() / options.train_batch_size
+        if losses.numel():
+            self.scaler.scale(loss / options.gradient_accumulation_steps).backward()  # type: ignore[no-untyped-call]
+        value = loss.detach().float().reshape(1).cpu()
+        workers.add_up([value])
+        return float(value) / options.gradient_accumulation_steps
+
+    def _step_optimizer(self, loss: float) -> None:
+        parameters = [*self.parameters.values()]
+        for each in parameters:
+            if each.grad is None:
+                each.grad = torch.zeros_like(each)
+        self.workers.add_up([each.grad for each in parameters if each.grad is not None])
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm)
+        self.norm = float(norm)
+        is_finite = math.isfinite(loss) and math.isfinite(self.norm)
+        if is_finite:
+            self.scaler.step(self.optimizer)
+            self.losses.append(loss)
+            self.not_finite = 0
+            if self.average is not None:
+                self.average.update(self)
+            self._watch(loss)
+        else:
+            self._forgive(loss)
+        if self.scaler.is_enabled():
+            self.scaler.update()
+
+    def _forgive(self, loss: float) -> None:
+        """Leave a step out whose numbers are not finite; too many in a row end the run."""
+        self.not_finite += 1
+        if self.scaler.is_enabled() and math.isfinite(loss):
+            return  # the scaler is looking for its scale
+        logger.warning(
+            "step %d is left out: its loss is %s, its gradient %s", self.step + 1, loss, self.norm
+        )
+        if self.not_finite >= _MOST_NOT_FINITE:
+            raise BadInput(
+                f"loss or gradient were not finite for {self.not_finite} steps up to "
+                f"{self.step + 1}: {self._lower_rate()}"
+            )
+
+    def _watch(self, loss: float) -> None:
+        """End a run whose loss runs away."""
+        self.recent = [*self.recent, loss][-_RECENT:]
+        if len(self.recent) < _RECENT:
+            return
+        mean = sum(self.recent) / _RECENT
+        if self.first_loss is None:
+            self.first_loss = mean
+        if mean > 3 * self.first_loss and mean > self.first_loss + 1:
+            raise BadInput(
+                f"the loss rose from {self.first_loss:.4g} to {mean:.4g} by step {self.step + 1}: "
+                f"{self._lower_rate()}"
+            )
+
+    def _lower_rate(self) -> str:
+        rate = max(group["peak"] for group in self.optimizer.param_groups)
+        kept = self.checkpoints.newest_step()
+        whole = "" if kept is None else f"; the checkpoint of step {kept} is whole"
+        return (
+            f"learning_rate {rate:g} is too high for this data: give {rate / 10:g}, in another "
+            f"folder{whole}"
+        )
+
+    # --- what is due now and then -------------------------------------------------------------
+
+    def _is_due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.total
+
+    def _validation_steps(self) -> int:
+        return self.options.validation_steps or max(1, self.total // 10)
+
+    def _sample_steps(self) -> int:
+        return getattr(self.options, "sample_steps", None) or max(1, self.total // 4)
+
+    def _log(self) -> None:
+        if not self.losses:
+            return
+        elapsed = max(time.monotonic() - self.began, 1e-9)
+        speed = self.seen / elapsed
+        each = self.options.train_batch_size * self.options.gradient_accumulation_steps
+        batches = self.step * self.options.gradient_accumulation_steps
+        row = {
+            "step": self.step,
+            "epoch": round(batches / self.task.batches_per_epoch, 3),
+            "loss": sum(self.losses) / len(self.losses),
+            "grad_norm": self.norm,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "images_per_s": round(speed, 3),
+            "memory_mb": _memory_mb(self.task.device),
+            "eta_s": round((self.total - self.step) * each / speed) if speed else None,
+        }
+        if self.workers.leads:
+            self.journal.write(row)
+        self.losses = []
+
+    def _validate(self) -> Validation | None:
+        """Measure the weights that would be kept now, and remember the best."""
+        with self._kept(), torch.no_grad():
+            found = self.task.validate()
+        if found is None:
+            return None
+        start = self.start or found
+        before, self.last = self.last, found
+        if self.best is None or found.merit > self.best[1].merit:
+            self.best = self.step, found
+            if self.options.keep_best:
+                with self._kept():
+                    self.best_tensors = {
+                        name: each.detach().clone() for name, each in self.parameters.items()
+                    }
+        row: dict[str, Any] = {
+            "step": self.step,
+            "validation": {
+                "loss": found.loss,
+                "change": found.loss / start.loss - 1 if start.loss else 0.0,
+                **found.parts,
+            },
+            **found.shown,
+        }
+        if before is not None and self._looks_overfitted(before, found):
+            row["warning"] = (
+                f"validation has risen since step {self.best[0]} while training falls: it learns "
+                "the pictures by heart; stop here, or give keep_best"
+            )
+            logger.warning("step %d: %s", self.step, row["warning"])
+        if self.workers.leads:
+            self.journal.write(row)
+            write_report(self.folder, self.journal.rows, self.options.as_dict())
+        return found
+
+    def _looks_overfitted(self, before: Validation, found: Validation) -> bool:
+        assert self.best is not None
+        self.rises = self.rises + 1 if found.merit < before.merit else 0
+        falls = self.first_loss is None or not self.recent
+        mean = sum(self.recent) / max(1, len(self.recent))
+        falls = falls or (self.first_loss is not None and mean < self.first_loss)
+        best = self.best[1]
+        is_worse = best.merit - found.merit > 0.02 * abs(best.merit)
+        return falls and self.rises >= _RISES and is_worse
+
+    def _sample(self) -> None:
+        if self.workers.leads:
+            with self._kept(), torch.no_grad():
+                self.task.sample(self.step)
+            write_report(self.folder, self.journal.rows, self.options.as_dict())
+        self.workers.wait()
+
+    def _finish(self) -> Finished:
+        best_step = None
+        if self.options.keep_best and self.best is not None and self.best_tensors:
+            best_step = self.best[0]
+            with torch.no_grad():
+                for name, each in self.parameters.items():
+                    each.copy_(self.best_tensors[name])
+            files = self.task.finish() if self.workers.leads else []
+        else:
+            with self._kept():
+                files = self.task.finish() if self.workers.leads else []
+        self.workers.wait()
+        end = self.best[1] if best_step is not None and self.best else self.last
+        if self.workers.leads:
+            write_report(self.folder, self.journal.rows, self.options.as_dict())
+        return Finished(
+            folder=self.folder,
+            files=tuple(files),
+            step=self.step,
+            start=self.start.loss if self.start else None,
+            end=end.loss if end else None,
+            best_step=best_step,
+        )
+
+    def _kept(self) -> Any:
+        """Put the weights that would be kept in place: the averaged ones, where there are."""
+        return nullcontext() if self.average is None else self.average.swapped(self)
+
+    # --- checkpoints --------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if self.workers.leads:
+            tensors: dict[str, Tensor] = {
+                f"weights.{name}": each for name, each in self.parameters.items()
+            }
+            if self.average is not None:
+                tensors |= {f"average.{n}": each for n, each in self.average.tensors.items()}
+            tensors |= {f"best.{name}": each for name, each in self.best_tensors.items()}
+            tensors |= {f"optimizer.{n}": e for n, e in pack_optimizer(self.optimizer).items()}
+            self.checkpoints.save(Checkpoint(self.step, tensors, self._progress()))
+        self.workers.wait()
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "options": self.options.as_dict(),
+            "data": self.task.fingerprint,
+            "start": _as_dict(self.start),
+            "last": _as_dict(self.last),
+            "best": None if self.best is None else [self.best[0], _as_dict(self.best[1])],
+            "rises": self.rises,
+            "losses": self.losses,
+            "first_loss": self.first_loss,
+            "recent": self.recent,
+            "not_finite": self.not_finite,
+            "scaler": self.scaler.state_dict(),
+            "average_steps": self.average.steps if self.average is not None else 0,
+        }
+
+    def _resume(self) -> None:
+        found = self.checkpoints.last()
+        if found is None:
+            return
+        said = found.progress
+        _check_same(said["options"], self.options.as_dict())
+        if said["data"] != self.task.fingerprint:
+            raise BadInput(
+                f"{self.folder}: the run began with other pictures, captions or weights than are "
+                "there now: put them back, or begin anew in another folder"
+            )
+        groups: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in found.tensors.items():
+            prefix, name = key.split(".", 1)
+            groups.setdefault(prefix, {})[name] = tensor
+        with torch.no_grad():
+            for name, each in self.parameters.items():
+                each.copy_(groups["weights"][name])
+        unpack_optimizer(self.optimizer, groups.get("optimizer", {}))
+        if self.average is not None:
+            kept = groups.get("average", groups["weights"])
+            self.average.tensors = {
+                name: kept[name].to(each.device, copy=True)
+                for name, each in self.parameters.items()
+            }
+            self.average.steps = said["average_steps"]
+        self.best_tensors = groups.get("best", {})
+        self.start, self.last = _validation(said["start"]), _validation(said["last"])
+        if said["best"]:
+            best = _validation(said["best"][1])
+            assert best is not None
+            self.best = said["best"][0], best
+        self.rises, self.losses, self.recent = said["rises"], said["losses"], said["recent"]
+        self.first_loss, self.not_finite = said["first_loss"], said["not_finite"]
+        self.scaler.load_state_dict(said["scaler"])
+        self.step = found.step
+        if self.step > self.total:
+            raise BadInput(
+                f"{self.folder}: the run is at step {self.step} already, and max_train_steps is "
+                f"{self.total}: give more"
+            )
+
+    def _anyone(self, to_stop: bool) -> bool:
+        """Tell whether any process was told to stop: all have to agree."""
+        if self.workers.count == 1:
+            return to_stop
+        votes = torch.tensor([float(to_stop)], device=self.task.device)
+        self.workers.add_up([votes])
+        return float(votes) > 0
+
+    def close(self) -> None:
+        self.journal.close()
+
+
+def _check_same(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raise `BadInput` for settings that would have made another run."""
+    for name, value in new.items():
+        if name in old and old[name] != value and name not in _FREE:
+            raise BadInput(
+                f"the run began with {name}={old[name]!r}, not {value!r}: give the same to resume "
+                "it, or another folder to begin anew"
+            )
+    ends = old.get("max_train_steps"), new.get("max_train_steps")
+    if ends[0] != ends[1] and not str(new.get("lr_scheduler")).startswith("constant"):
+        logger.warning(
+            "max_train_steps was %s and is %s: the %s learning rate follows the new one from here",
+            *ends,
+            new.get("lr_scheduler"),
+        )
+
+
+def _with_hint(error: DiptychError, step: int) -> tuple[Any, ...]:
+    from diptych.errors import BadImage
+
+    hint = f"the state of step {step} is kept: resume when that is mended"
+    if isinstance(error, BadImage):
+        return error.name, f"{error.reason}; {hint}"
+    return (f"{error}; {hint}",)
+
+
+def _as_dict(found: Validation | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {"loss": found.loss, "parts": dict(found.parts), "merit": found.merit}
+
+
+def _validation(said: Mapping[str, Any] | None) -> Validation | None:
+    return None if said is None else Validation(said["loss"], said["parts"], said["merit"])
+
+
+def _seed(seed: int, number: int, rank: int) -> int:
+    """Return a seed for what torch draws by itself in one batch: dropout."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + rank) & (2**64 - 1)
+    return (mixed ^ (mixed >> 31)) & (2**63 - 1)
+
+
+def _memory_mb(device: torch.device) -> int | None:
+    """Return the most memory that was taken so far: of the GPU, else of this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device) >> 20)
+    try:
+        import resource
+        import sys
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak >> 20 if sys.platform == "darwin" else peak >> 10)
+
+
+class _Asked:
+    """Remember that somebody asked the run to stop."""
+
+    to_stop = False
+
+
+@contextmanager
+def _signals() -> Iterator[_Asked]:
+    """Turn Ctrl-C and SIGTERM into a wish; a second one ends the run at once."""
+    asked = _Asked()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if asked.to_stop:
+            raise KeyboardInterrupt
+        asked.to_stop = True
+        logger.warning("stopping after this step; once more stops at once")
+
+    old = {each: signal.signal(each, ask) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for each, handler in old.items():
+            signal.signal(each, handler)
