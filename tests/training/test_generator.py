@@ -145,13 +145,21 @@ def _draw(item: Any, seed: int) -> Any:
     return _Draw(item, "", False, (seed, 1), 0)
 
 
-def assert_nearly_all_close(
-    found: torch.Tensor, wanted: torch.Tensor, rtol: float, atol: float
+def assert_same_way(
+    found: Mapping[str, torch.Tensor],
+    wanted: Mapping[str, torch.Tensor],
+    start: Mapping[str, torch.Tensor],
 ) -> None:
-    """Adam divides by the gradient's size: where that is nearly 0, rounding decides the sign."""
-    assert found.shape == wanted.shape
-    is_close = torch.isclose(found, wanted, rtol=rtol, atol=atol).float()
-    assert float(is_close.mean()) > 0.98
+    """Compare where two trainings went from one start.
+
+    Adam divides by the gradient's size: where that is nearly 0, rounding decides the sign of a
+    step, so single numbers may differ.
+    """
+    assert set(found) == set(wanted)
+    way = sum(float((wanted[name] - start[name]).square().sum()) for name in wanted)
+    gap = sum(float((wanted[name] - found[name]).square().sum()) for name in wanted)
+    assert way > 0
+    assert gap**0.5 < 0.02 * way**0.5
 
 
 def test_lora_steps_are_those_of_peft(tmp_path: Path, pictures: Path) -> None:
@@ -175,6 +183,7 @@ def test_lora_steps_are_those_of_peft(tmp_path: Path, pictures: Path) -> None:
     with torch.no_grad():
         for name, each in named.items():
             each.copy_(ours[name])
+    start = {name: each.detach().clone() for name, each in named.items()}
     optimizer = torch.optim.AdamW(named.values(), lr=1e-3, weight_decay=1e-2)
     for number in range(5):
         optimizer.zero_grad()
@@ -188,11 +197,13 @@ def test_lora_steps_are_those_of_peft(tmp_path: Path, pictures: Path) -> None:
         **{**SMALL, **words, "validation_fraction": 0.25},
     )
     written = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
+    found = {
+        # alpha / rank is multiplied into the second matrix
+        name: written[f"unet.{name}.weight"] / (2.0 if name.endswith("lora_B") else 1.0)
+        for name in named
+    }
     assert len(written) == len(named)
-    for name, each in named.items():
-        scale = 2.0 if name.endswith("lora_B") else 1.0  # alpha / rank is multiplied in
-        found = written[f"unet.{name}.weight"]
-        assert_nearly_all_close(found, each.detach() * scale, rtol=2e-3, atol=2e-5)
+    assert_same_way(found, {name: each.detach() for name, each in named.items()}, start)
 
 
 def test_full_steps_are_those_of_diffusers(tmp_path: Path, pictures: Path) -> None:
@@ -225,12 +236,8 @@ def test_full_steps_are_those_of_diffusers(tmp_path: Path, pictures: Path) -> No
 
     (folder,) = finished.files
     written = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict()
-    moved = 0.0
     before = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
-    for name, each in pipeline.unet.state_dict().items():
-        assert_nearly_all_close(written[name], each, rtol=1e-3, atol=1e-5)
-        moved = max(moved, float((before[name] - each).abs().max()))
-    assert moved > 2e-4, "the steps are large enough to be told from none"
+    assert_same_way(written, pipeline.unet.state_dict(), before)
 
 
 def picture_of(image: Any) -> np.ndarray[Any, Any]:
@@ -245,9 +252,7 @@ def psnr(one: Any, other: Any) -> float:
 def drawn_by_diffusers(pipeline: Any, prompt: str, noise: np.ndarray[Any, Any]) -> Any:
     from diffusers import DDIMScheduler
 
-    pipeline.scheduler = DDIMScheduler.from_config(
-        pipeline.scheduler.config, clip_sample=False
-    )
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         prompt,

@@ -84,6 +84,8 @@ class Drawing(Loading):
         """Load the generator with its LoRAs and learned words."""
         from diptych.text_to_image.generator import ImageGenerator
 
+        if (self.lora or self.embedding) and self.runtime == "auto":
+            self.runtime = "torch"  # where weights can be changed
         generator = self.load(ImageGenerator.load)
         if self.verbose:
             complain(f"{generator.model.name}: {generator.networks.reason}")

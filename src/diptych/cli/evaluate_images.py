@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from diptych.cli.drawing import file_and_number
 from diptych.cli.flags import Loading, Output, with_options
 from diptych.cli.terminal import SOME_FAILED, Format, complain, progress
 from diptych.errors import BadInput, DiptychError
@@ -45,6 +46,10 @@ def evaluate_images(
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Pictures made together; else as many as suits the device."),
     ] = None,
+    lora: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="A LoRA file, or FILE:SCALE, that the model draws with."),
+    ] = None,
 ) -> None:
     """Check drawn scenes for objects, colours, counts and places, beside what chance scores."""
     from diptych.evaluation.adherence import read_scene_prompts, report
@@ -58,7 +63,11 @@ def evaluate_images(
     else:
         from diptych.text_to_image.generator import ImageGenerator
 
+        if lora and loading.runtime == "auto":
+            loading.runtime = "torch"  # where weights can be changed
         generator = loading.load(ImageGenerator.load)
+        for each in lora or []:
+            generator.load_lora(*file_and_number(each))
         repeats = range(options.num_images_per_prompt)
         prompts = [each for each in evaluation_prompts(count, prompts_seed) for _ in repeats]
         options = options.replace(num_images_per_prompt=1, seed=options.seed or 0)

@@ -1,0 +1,171 @@
+"""The command line of fine-tuning, on small random models."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from diptych.cli import app
+from diptych.errors import BadInput, DiptychError
+from tiny_models import make_captioner
+from tiny_pipelines import make_pipeline
+from training_pictures import draw_pictures
+
+RUNNER = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "sd1"
+    make_pipeline(folder, "sd1", seed=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_pictures(tmp_path_factory.mktemp("data") / "pictures", 12, seed=1)
+
+
+def run(*words: object) -> Any:
+    return RUNNER.invoke(app, [str(word) for word in words], standalone_mode=False)
+
+
+def generator(data: Path, model: Path, folder: Path, *more: object) -> Any:
+    return run(
+        *("finetune", "generator", data, "--model", model, "--method", "lora"),
+        *("--max-train-steps", 4, "--learning-rate", 1e-3, "--resolution", 64),
+        *("--checkpointing-steps", 2, "--seed", 5, "--device", "cpu", "--output", folder),
+        *("--train-batch-size", 2, *more),
+    )
+
+
+def test_a_lora_is_trained_where_it_should_lie(tmp_path: Path, sd1: Path, pictures: Path) -> None:
+    result = generator(pictures, sd1, tmp_path, "--sample-prompts", "a", "--sample-prompts", "b")
+    assert result.exception is None, result.output
+    assert result.stdout.split() == [str(tmp_path / "pytorch_lora_weights.safetensors")]
+    assert "validation loss" in result.stderr
+    names = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
+    assert names == {
+        *("cache", "checkpoints", "dataset.json", "metrics.jsonl", "report.html", "run.json"),
+        *("pytorch_lora_weights.safetensors", "samples"),
+    }
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/webp") == 2 * 5  # at the start and after each step
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert (tmp_path / "samples" / "prompts.txt").read_text() == "a\nb\n"
+    # Without a word about runtimes, a picture is drawn with it.
+    drawn = run(
+        *("generate", "a red bird", "--model", sd1, "--lora", tmp_path, "--steps", 2),
+        *("--width", 64, "--height", 64, "--output", tmp_path / "x.png"),
+    )
+    assert drawn.exception is None, drawn.output
+    assert (tmp_path / "x.png").is_file()
+
+
+def test_it_goes_on_where_it_was(tmp_path: Path, sd1: Path, pictures: Path) -> None:
+    assert generator(pictures, sd1, tmp_path).exception is None
+    again = generator(pictures, sd1, tmp_path)
+    assert isinstance(again.exception, BadInput)
+    assert "is at step 4: resume it" in str(again.exception)
+    longer = generator(pictures, sd1, tmp_path, "--resume", "--max-train-steps", 6, "-f", "json")
+    assert longer.exception is None
+    assert json.loads(longer.stdout)["step"] == 6
+
+
+def test_a_dry_run_only_looks(tmp_path: Path, pictures: Path) -> None:
+    result = run("finetune", "generator", pictures, "--dry-run")
+    assert result.exception is None
+    assert "12 pictures found" in result.stdout
+    result = run("finetune", "captioner", pictures, "--dry-run", "-f", "json")
+    report = json.loads(result.stdout)
+    assert report["found"] == 12
+    assert report["train"] + report["validation"] == 12
+
+
+def test_pictures_without_captions_are_captioned(tmp_path: Path, sd1: Path) -> None:
+    data = draw_pictures(tmp_path / "data", 3, seed=2)
+    (data / "metadata.jsonl").unlink()
+    refused = generator(data, sd1, tmp_path / "run")
+    assert "caption_with" in str(refused.exception)
+    result = generator(data, sd1, tmp_path / "run", "--caption-with", "default")
+    assert result.exception is None, result.output
+    rows = (tmp_path / "run" / "captions.jsonl").read_text().splitlines()
+    assert len(rows) == 3
+    assert all(json.loads(row)["text"] for row in rows)
+
+
+def test_a_captioner_is_trained(tmp_path: Path, pictures: Path) -> None:
+    make_captioner(tmp_path / "model", 5)
+    result = run(
+        *("finetune", "captioner", pictures, "--model", tmp_path / "model", "--freeze", "encoder"),
+        *("--max-train-steps", 3, "--output", tmp_path / "run", "--quiet"),
+    )
+    assert result.exception is None, result.output
+    model = tmp_path / "run" / "model"
+    assert result.stdout.split() == [str(model)]
+    said = run("caption", pictures / "000.png", "--model", model, "--max-length", 6)
+    assert said.exception is None
+    assert said.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--rank", "0"), "rank is 0"),
+        (("--method", "magic"), "method is 'magic'"),
+        (("--lora-layers", "nothing"), "names no layer"),
+        (("--optimizer", "adamw_8bit"), "pip install bitsandbytes"),
+        (("--device", "cuda:99"), "cannot be used here"),
+    ],
+)
+def test_bad_words_get_one_sentence(
+    tmp_path: Path, sd1: Path, pictures: Path, words: tuple[str, ...], told: str
+) -> None:
+    result = generator(pictures, sd1, tmp_path, *words)
+    assert isinstance(result.exception, DiptychError)
+    assert told in str(result.exception)
+    assert "\n" not in str(result.exception)
+
+
+def test_no_output_is_asked_for(pictures: Path) -> None:
+    result = run("finetune", "generator", pictures)
+    assert "--output" in str(result.exception)
+
+
+def test_evaluate_draws_with_a_lora(tmp_path: Path, sd1: Path, pictures: Path) -> None:
+    assert generator(pictures, sd1, tmp_path).exception is None
+    words = ("evaluate", "images", "--model", sd1, "--count", 2, "--steps", 1, "-f", "json")
+    size = ("--width", 64, "--height", 64)
+    result = run(*words, *size, "--lora", tmp_path)
+    assert result.exception is None, result.output
+    assert json.loads(result.stdout)
+
+
+def test_two_processes_learn_what_one_does(tmp_path: Path, sd1: Path, pictures: Path) -> None:
+    """As `torchrun` and `accelerate launch` start them."""
+    from safetensors.torch import load_file
+
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert generator(pictures, sd1, alone).exception is None
+    words = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+        *("--master-port", "29617", "-m", "diptych", "finetune", "generator", str(pictures)),
+        *("--model", str(sd1), "--max-train-steps", "4", "--learning-rate", "1e-3"),
+        *("--resolution", "64", "--checkpointing-steps", "2", "--seed", "5", "--device", "cpu"),
+        *("--output", str(together), "--train-batch-size", "2"),
+    ]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (
+        load_file(folder / "pytorch_lora_weights.safetensors") for folder in (alone, together)
+    )
+    assert one.keys() == two.keys()
+    # Sums in another order, and Adam makes much of little at first.
+    close = [(one[name] - two[name]).abs().max() < 5e-4 for name in one]
+    assert sum(close) > 0.9 * len(close)

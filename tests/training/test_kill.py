@@ -1,0 +1,117 @@
+"""Runs killed with SIGKILL at random moments end with the weights of one never disturbed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diptych.training.journal import read_rows
+from training_kills import Runs
+
+GENERATOR: dict[str, Any] = {
+    "resolution": 64,
+    "max_train_steps": 24,
+    "checkpointing_steps": 2,
+    "validation_steps": 6,
+    "sample_steps": 12,
+    "num_sample_images": 1,
+    "train_batch_size": 2,
+    "ema_decay": 0.9,
+    "keep_best": True,
+    "random_flip": True,
+    "logging_steps": 1,
+}
+CAPTIONER: dict[str, Any] = {
+    "max_train_steps": 40,
+    "checkpointing_steps": 3,
+    "validation_steps": 10,
+    "train_batch_size": 4,
+    "self_critical_steps": 10,
+    "freeze": "encoder",
+    "logging_steps": 1,
+}
+RESULTS = {"generator": "pytorch_lora_weights.safetensors", "captioner": "model/model.safetensors"}
+
+
+def compare(runs: Runs, tmp_path: Path, kills: int, seed: int) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    seconds = runs.whole(whole)
+    hit = runs.killed(killed, kills, within_s=seconds, seed=seed)
+    assert hit >= kills // 3, "most runs ended before they could be killed"
+    name = RESULTS[runs.kind]
+    assert (whole / name).read_bytes() == (killed / name).read_bytes()
+    rows = [
+        [
+            {k: v for k, v in row.items() if k not in ("images_per_s", "memory_mb", "eta_s")}
+            for row in read_rows(folder / "metrics.jsonl")
+        ]
+        for folder in (whole, killed)
+    ]
+    assert rows[0] == rows[1]
+    left = [path for path in killed.rglob("*") if "partial" in path.name or ".old" in path.name]
+    assert not left, "nothing half-made stays behind"
+
+
+def test_killed_generators_are_what_they_would_be(
+    tmp_path: Path, sd1: Path, pictures: Path
+) -> None:
+    compare(Runs("generator", pictures, sd1, GENERATOR), tmp_path, kills=5, seed=1)
+
+
+def test_killed_captioners_are_what_they_would_be(
+    tmp_path: Path, vit_gpt2: Path, pictures: Path
+) -> None:
+    compare(Runs("captioner", pictures, vit_gpt2, CAPTIONER), tmp_path, kills=3, seed=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [3, 4])
+@pytest.mark.parametrize("kind", ["generator", "captioner"])
+def test_many_kills(
+    tmp_path: Path, sd1: Path, vit_gpt2: Path, pictures: Path, kind: str, seed: int
+) -> None:
+    model, words = (sd1, GENERATOR) if kind == "generator" else (vit_gpt2, CAPTIONER)
+    compare(Runs(kind, pictures, model, words), tmp_path, kills=60, seed=seed)
+
+
+def command(sd1: Path, pictures: Path, folder: Path, *more: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "diptych", "finetune", "generator", str(pictures)),
+        *("--model", str(sd1), "--output", str(folder), "--resolution", "64"),
+        *("--max-train-steps", "400", "--num-sample-images", "0", "--train-batch-size", "2"),
+        *("--checkpointing-steps", "1000", *more),
+    ]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, sd1: Path, pictures: Path) -> None:
+    """And meanwhile a second run in the folder is refused."""
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        command(sd1, pictures, folder), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    for _ in range(600):
+        if read_rows(folder / "metrics.jsonl"):
+            break
+        time.sleep(0.1)
+    second = subprocess.run(
+        command(sd1, pictures, folder, "--resume"), capture_output=True, text=True, check=False
+    )
+    assert second.returncode == 2
+    assert "another run is at work there" in second.stderr
+    os.kill(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped at step" in told
+    assert "--resume" in told
+    again = subprocess.run(
+        command(sd1, pictures, folder), capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 2
+    assert "holds a run that is at step" in again.stderr

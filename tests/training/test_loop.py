@@ -1,0 +1,389 @@
+"""The loop on a task of a few numbers: to the bit, and when things fail."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from diptych.errors import BadImage, BadInput
+from diptych.training.journal import read_rows
+from diptych.training.loop import Stopped, Validation, fit
+from diptych.training.optimizers import Group
+from diptych.training.options import GeneratorTrainOptions
+
+WIDTH = 6
+
+
+class Toy:
+    """Fit a linear map, with dropout, to data that follows from the number of the batch."""
+
+    def __init__(self, folder: Path, break_at: dict[int, Any] | None = None, rows: int = 4) -> None:
+        torch.manual_seed(0)
+        self.linear, self.drop = nn.Linear(WIDTH, WIDTH), nn.Dropout(0.2)
+        named = dict(self.linear.named_parameters())
+        self.groups = [Group(named, 0.05)]
+        self.device, self.batches_per_epoch = torch.device("cpu"), 5
+        self.fingerprint, self.folder, self.rows = "toy", folder, rows
+        self.break_at = break_at or {}
+        self.sampled: list[int] = []
+
+    def rate(self, step: int) -> float:
+        return 1.0
+
+    def losses(self, number: int, rows: slice) -> Tensor:
+        action = self.break_at.get(number)
+        if callable(action):
+            action()
+        data = torch.randn(self.rows, WIDTH, generator=torch.Generator().manual_seed(number))
+        losses = (self.drop(self.linear(data)) - data.flip(1)).square().mean(1)[rows]
+        return losses * action if isinstance(action, float) else losses
+
+    def validate(self) -> Validation | None:
+        data = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(10_000))
+        loss = float((self.linear(data) - data.flip(1)).square().mean())
+        return Validation(loss, {"half": loss / 2}, merit=-loss)
+
+    def sample(self, step: int) -> None:
+        self.sampled.append(step)
+
+    def finish(self) -> list[Path]:
+        from safetensors.torch import save_file
+
+        path = self.folder / "result.safetensors"
+        save_file({name: each.detach() for name, each in self.linear.named_parameters()}, path)
+        return [path]
+
+
+def options(**words: Any) -> GeneratorTrainOptions:
+    chosen = {
+        "max_train_steps": 20,
+        "train_batch_size": 4,
+        "validation_steps": 5,
+        "checkpointing_steps": 7,
+        "logging_steps": 2,
+        "learning_rate": 0.05,
+        "sample_steps": 10,
+        **words,
+    }
+    return GeneratorTrainOptions(**chosen)
+
+
+def result(folder: Path) -> bytes:
+    return (folder / "result.safetensors").read_bytes()
+
+
+def timeless(folder: Path) -> list[dict[str, Any]]:
+    clocks = ("images_per_s", "memory_mb", "eta_s")
+    return [
+        {k: v for k, v in row.items() if k not in clocks}
+        for row in read_rows(folder / "metrics.jsonl")
+    ]
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"ema_decay": 0.9, "keep_best": True},
+    {"gradient_accumulation_steps": 3, "lr_scheduler": "cosine", "lr_warmup_steps": 4},
+    {"optimizer": "muon", "lr_scheduler": "linear"},
+]
+
+
+@pytest.mark.parametrize("words", VARIANTS, ids=["plain", "ema", "cosine", "muon"])
+@pytest.mark.parametrize("stop_at", [1, 7, 13])
+def test_a_resumed_run_is_the_run(tmp_path: Path, words: dict[str, Any], stop_at: int) -> None:
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    whole.mkdir(), parted.mkdir()
+    fit(Toy(whole), options(**words), whole)
+    parts = words.get("gradient_accumulation_steps", 1)
+
+    def interrupt() -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Stopped) as stopped:
+        fit(Toy(parted, {stop_at * parts - 1: interrupt}), options(**words), parted)
+    assert stopped.value.step == stop_at
+    finished = fit(Toy(parted), options(**words), parted, resume=True)
+    assert result(whole) == result(parted)
+    assert timeless(whole) == timeless(parted)
+    assert finished.step == 20
+
+
+def test_steps_are_those_of_plain_torch(tmp_path: Path) -> None:
+    toy, twin = Toy(tmp_path), Toy(tmp_path)
+    fit(toy, options(max_train_steps=6, gradient_accumulation_steps=2), tmp_path)
+    optimizer = torch.optim.AdamW(twin.linear.parameters(), lr=0.05, weight_decay=1e-2)
+    from diptych.training.loop import _seed
+
+    for step in range(6):
+        optimizer.zero_grad()
+        for part in range(2):
+            torch.manual_seed(_seed(0, 2 * step + part, 0))
+            (twin.losses(2 * step + part, slice(None)).mean() / 2).backward()
+        torch.nn.utils.clip_grad_norm_(twin.linear.parameters(), 1.0)
+        optimizer.step()
+    torch.testing.assert_close(toy.linear.weight, twin.linear.weight)
+
+
+def test_the_callers_random_numbers_stay(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    toy = Toy(tmp_path)
+    torch.manual_seed(5)
+    fit(toy, options(), tmp_path)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_the_average_is_what_is_kept(tmp_path: Path) -> None:
+    toy = Toy(tmp_path)
+    fit(toy, options(ema_decay=0.5, max_train_steps=3), tmp_path)
+    kept = load_file(tmp_path / "result.safetensors")["weight"]
+    assert not torch.equal(kept, toy.linear.weight), "the last weights are other ones"
+    rows = [row for row in read_rows(tmp_path / "metrics.jsonl") if "validation" in row]
+    with torch.no_grad():
+        toy.linear.load_state_dict(load_file(tmp_path / "result.safetensors"))
+        found = toy.validate()
+    assert found is not None
+    assert rows[-1]["validation"]["loss"] == pytest.approx(found.loss, rel=1e-5)
+
+
+def test_the_best_weights_are_kept(tmp_path: Path) -> None:
+    # A huge rate for the last steps spoils what was learned before.
+    class Spoiled(Toy):
+        def rate(self, step: int) -> float:
+            return 1.0 if step < 10 else 40.0
+
+    finished = fit(Spoiled(tmp_path), options(keep_best=True), tmp_path)
+    assert finished.best_step == 10
+    assert finished.end is not None
+    assert finished.start is not None
+    assert finished.end < finished.start
+    toy = Toy(tmp_path)
+    toy.linear.load_state_dict(load_file(tmp_path / "result.safetensors"))
+    with torch.no_grad():
+        found = toy.validate()
+    assert found is not None
+    assert found.loss == pytest.approx(finished.end, rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_is_left_out(
+    tmp_path: Path, bad: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    toy = Toy(tmp_path, {4: bad})
+    fit(toy, options(), tmp_path)
+    assert "step 5 is left out" in caplog.text
+    assert bool(torch.isfinite(toy.linear.weight).all())
+
+
+def test_too_many_of_them_end_the_run(tmp_path: Path) -> None:
+    toy = Toy(tmp_path, dict.fromkeys(range(9, 100), math.nan))
+    with pytest.raises(
+        BadInput, match=r"learning_rate 0.05 is too high.*give 0.005.*step 14 is whole"
+    ):
+        fit(toy, options(max_train_steps=50, checkpointing_steps=7), tmp_path)
+    assert bool(torch.isfinite(toy.linear.weight).all())
+
+
+def test_a_loss_that_runs_away_ends_the_run(tmp_path: Path) -> None:
+    toy = Toy(tmp_path, {number: 1.0 + max(0, number - 30) for number in range(200)})
+    with pytest.raises(BadInput, match=r"the loss rose from .* learning_rate"):
+        fit(toy, options(max_train_steps=200), tmp_path)
+
+
+def test_over_fitting_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Worse(Toy):
+        times = 0
+
+        def validate(self) -> Validation | None:
+            self.times += 1
+            loss = 1.0 if self.times < 4 else self.times / 4
+            return Validation(loss, {}, merit=-loss)
+
+    fit(Worse(tmp_path), options(max_train_steps=60), tmp_path)
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    warned = [row["step"] for row in rows if "warning" in row]
+    assert warned
+    assert "by heart" in caplog.text
+    assert "by heart" in (tmp_path / "report.html").read_text()
+
+
+def test_what_fails_inside_a_step_keeps_the_step_before(tmp_path: Path) -> None:
+    def vanish() -> None:
+        raise BadImage("cat.png", "cannot be read (No such file or directory)")
+
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    fit(Toy(whole), options(), whole)
+    with pytest.raises(BadImage, match=r"cat.png: cannot be read.*step 11 is kept"):
+        fit(Toy(tmp_path, {11: vanish}), options(), tmp_path)
+    fit(Toy(tmp_path), options(), tmp_path, resume=True)
+    assert result(tmp_path) == result(whole)
+
+
+def test_a_full_disk_loses_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import diptych.training.checkpoints as checkpoints
+
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    fit(Toy(whole), options(), whole)
+    real = checkpoints.save_file
+
+    def full(tensors: Any, path: Path, *rest: Any) -> None:
+        if "step-00000014" in str(path):
+            path.write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        real(tensors, path, *rest)
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(BadInput, match=r"No space left on device.*That of step 7 is whole"):
+        fit(Toy(tmp_path), options(), tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000007"]
+    monkeypatch.setattr(checkpoints, "save_file", real)
+    fit(Toy(tmp_path), options(), tmp_path, resume=True)
+    assert result(tmp_path) == result(whole)
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "progress.json", "manifest.json"])
+@pytest.mark.parametrize("how", ["flip", "cut", "remove"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    tmp_path: Path, name: str, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(Toy(tmp_path), options(), tmp_path)
+    wanted = result(tmp_path)
+    newest = tmp_path / "checkpoints" / "step-00000020" / name
+    actions: dict[str, Callable[[], Any]] = {
+        "flip": lambda: damage(newest),
+        "cut": lambda: newest.write_bytes(newest.read_bytes()[:-3]),
+        "remove": newest.unlink,
+    }
+    actions[how]()
+    (tmp_path / "result.safetensors").unlink()
+    fit(Toy(tmp_path), options(), tmp_path, resume=True)
+    assert "is damaged" in caplog.text
+    assert result(tmp_path) == wanted
+
+
+def test_checkpoints_are_thinned_out(tmp_path: Path) -> None:
+    words = {"checkpointing_steps": 3, "checkpoints_total_limit": 3}
+    fit(Toy(tmp_path), options(**words), tmp_path)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000015", "step-00000018", "step-00000020"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ({"learning_rate": 0.1}, "began with learning_rate=0.05, not 0.1"),
+        ({"seed": 4}, "began with seed=0, not 4"),
+        ({"rank": 2}, "rank=None"),
+        ({"max_train_steps": 10}, "at step 20 already"),
+    ],
+)
+def test_other_settings_are_refused(tmp_path: Path, words: dict[str, Any], told: str) -> None:
+    fit(Toy(tmp_path), options(), tmp_path)
+    with pytest.raises(BadInput, match=told):
+        fit(Toy(tmp_path), options(**words), tmp_path, resume=True)
+
+
+def test_other_data_is_refused(tmp_path: Path) -> None:
+    fit(Toy(tmp_path), options(), tmp_path)
+    other = Toy(tmp_path)
+    other.fingerprint = "changed"
+    with pytest.raises(BadInput, match="other pictures, captions or weights"):
+        fit(other, options(), tmp_path, resume=True)
+
+
+def test_a_longer_run_goes_on(tmp_path: Path) -> None:
+    long, extended = tmp_path / "long", tmp_path / "extended"
+    long.mkdir(), extended.mkdir()
+    fit(Toy(long), options(max_train_steps=30), long)
+    fit(Toy(extended), options(), extended)
+    fit(Toy(extended), options(max_train_steps=30), extended, resume=True)
+    assert result(long) == result(extended)
+
+
+def test_resuming_nothing_begins(tmp_path: Path) -> None:
+    assert fit(Toy(tmp_path), options(), tmp_path, resume=True).step == 20
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
+    def twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        fit(Toy(tmp_path, {3: twice}), options(), tmp_path)
+    assert not isinstance(raised.value, Stopped)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_it_runs_in_a_thread(tmp_path: Path) -> None:
+    steps = []
+    thread = threading.Thread(
+        target=lambda: steps.append(fit(Toy(tmp_path), options(), tmp_path).step)
+    )
+    thread.start()
+    thread.join()
+    assert steps == [20]
+
+
+def test_rows_say_what_was_measured(tmp_path: Path) -> None:
+    toy, heard = Toy(tmp_path), []
+    fit(toy, options(), tmp_path, tell=heard.append)
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert heard == json.loads(json.dumps(rows))
+    assert [row["step"] for row in rows if "loss" in row] == list(range(2, 21, 2))
+    assert [row["step"] for row in rows if "validation" in row] == [0, 5, 10, 15, 20]
+    assert toy.sampled == [0, 10, 20]
+    first = rows[0]["validation"]
+    assert first["change"] == 0
+    assert rows[-1]["validation"]["change"] == pytest.approx(
+        rows[-1]["validation"]["loss"] / first["loss"] - 1
+    )
+    trained = next(row for row in rows if "loss" in row)
+    assert trained["images_per_s"] > 0
+    assert trained["memory_mb"] > 0
+    assert trained["eta_s"] >= 0
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    fit(Toy(tmp_path), options(report_to="tensorboard"), tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    wanted = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    found = [(each.step, each.value) for each in events.Scalars("loss")]
+    assert [step for step, _ in found] == [step for step, _ in wanted]
+    assert [v for _, v in found] == pytest.approx([v for _, v in wanted])
+    assert len(events.Scalars("validation/half")) == 5
+
+
+def test_half_precision_on_a_cpu_learns(tmp_path: Path) -> None:
+    finished = fit(Toy(tmp_path), options(mixed_precision="bf16", max_train_steps=40), tmp_path)
+    assert finished.change is not None
+    assert finished.change < -0.1
+
+
+def test_no_step_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    fit(Toy(tmp_path), options(), tmp_path)
+    assert not caplog.records

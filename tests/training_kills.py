@@ -1,0 +1,64 @@
+"""Kill real training runs at random moments, and let them go on, until they end."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+WAIT_S = 120
+
+
+def train(kind: str, data: Path, folder: Path, model: Path, words: dict[str, Any]) -> None:
+    """Run or resume one training, as a process of its own."""
+    import torch
+
+    from diptych.training.finetune import finetune_captioner, finetune_generator
+
+    torch.set_num_threads(1)
+    run = finetune_generator if kind == "generator" else finetune_captioner
+    run(data, folder, model, resume=True, **words)
+    (folder / "finished").write_text("")
+
+
+class Runs:
+    """Start trainings in fresh processes, forked from one that has imported torch already."""
+
+    def __init__(self, kind: str, data: Path, model: Path, words: dict[str, Any]) -> None:
+        self.kind, self.data, self.model, self.words = kind, data, model, words
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["diptych.training.generator", "training_kills"])
+
+    def start(self, folder: Path) -> Any:
+        arguments = (self.kind, self.data, folder, self.model, self.words)
+        process = self.context.Process(target=train, args=arguments)
+        process.start()
+        return process
+
+    def whole(self, folder: Path) -> float:
+        """Run once without being disturbed; return the seconds it took."""
+        self.start(folder.with_name(folder.name + "-warm")).join(WAIT_S)
+        began = time.monotonic()
+        process = self.start(folder)
+        process.join(WAIT_S)
+        assert process.exitcode == 0
+        return time.monotonic() - began
+
+    def killed(self, folder: Path, kills: int, within_s: float, seed: int) -> int:
+        """Kill `kills` times at random moments, then let it end; return how many kills hit."""
+        chance, hit = random.Random(seed), 0
+        for _ in range(kills):
+            process = self.start(folder)
+            time.sleep(chance.uniform(0.0, within_s))
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
+                hit += 1
+            process.join(WAIT_S)
+        process = self.start(folder)
+        process.join(WAIT_S)
+        assert process.exitcode == 0
+        return hit
