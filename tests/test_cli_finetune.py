@@ -147,25 +147,31 @@ def test_evaluate_draws_with_a_lora(tmp_path: Path, sd1: Path, pictures: Path) -
     assert json.loads(result.stdout)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path: Path, sd1: Path, pictures: Path) -> None:
     """As `torchrun` and `accelerate launch` start them."""
     from safetensors.torch import load_file
 
     alone, together = tmp_path / "alone", tmp_path / "together"
-    assert generator(pictures, sd1, alone).exception is None
+    # Larger than elsewhere: maps of one point, normalised by themselves, only amplify rounding.
+    more = ("--train-batch-size", 4, "--resolution", 128)
+    assert generator(pictures, sd1, alone, *more).exception is None
     words = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
         *("--master-port", "29617", "-m", "diptych", "finetune", "generator", str(pictures)),
         *("--model", str(sd1), "--max-train-steps", "4", "--learning-rate", "1e-3"),
-        *("--resolution", "64", "--checkpointing-steps", "2", "--seed", "5", "--device", "cpu"),
-        *("--output", str(together), "--train-batch-size", "2"),
+        *("--resolution", "128", "--checkpointing-steps", "2", "--seed", "5", "--device", "cpu"),
+        *("--output", str(together), "--train-batch-size", "4"),
     ]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    told = [line for line in done.stderr.splitlines() if line.startswith("diptych: ")]
+    assert done.returncode == 0, told
     one, two = (
         load_file(folder / "pytorch_lora_weights.safetensors") for folder in (alone, together)
     )
     assert one.keys() == two.keys()
-    # Sums in another order, and Adam makes much of little at first.
-    close = [(one[name] - two[name]).abs().max() < 5e-4 for name in one]
-    assert sum(close) > 0.9 * len(close)
+    # Sums in another order, of which Adam makes much where a gradient is nearly 0.
+    names = [name for name in one if "lora_B" in name]  # they began as 0
+    way = sum(float(one[name].square().sum()) for name in names) ** 0.5
+    gap = sum(float((one[name] - two[name]).square().sum()) for name in names) ** 0.5
+    assert gap < 0.05 * way

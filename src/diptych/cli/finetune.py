@@ -163,6 +163,8 @@ def _show_data(data: Path, options: Any, training: Training, caption_with: str |
 
 
 def _show_end(finished: Finished, training: Training) -> None:
+    if not finished.files:
+        return  # one of several processes: the first one tells
     if training.format is not Format.text:
         record = {
             "folder": str(finished.folder),

@@ -29,12 +29,14 @@ class Journal:
         *,
         tensorboard: bool = False,
         tell: Callable[[Row], None] | None = None,
+        leads: bool = True,
     ) -> None:
         self.path = folder / "metrics.jsonl"
         self._tell = tell
         # What belongs to the first step itself is written again.
         self.rows = [row for row in read_rows(self.path) if row["step"] <= first and first]
-        write_whole(self.path, "".join(_line(row) for row in self.rows))
+        if leads:  # of several processes one writes
+            write_whole(self.path, "".join(_line(row) for row in self.rows))
         self._board = _board(folder / "tensorboard", first) if tensorboard else None
 
     def write(self, row: Mapping[str, Any]) -> None:

@@ -202,6 +202,7 @@ class _Run:
             self.step,
             tensorboard=options.report_to == "tensorboard" and workers.leads,
             tell=tell if workers.leads else None,
+            leads=workers.leads,
         )
         self.began = time.monotonic()
 

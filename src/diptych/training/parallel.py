@@ -59,6 +59,8 @@ class Workers:
         if self.count == 1:
             return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        if dist.get_backend() == "nccl":  # it sends what is on a GPU only
+            flat = flat.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
         dist.all_reduce(flat)
         parts = torch.split(flat, [tensor.numel() for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
