@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    *("diptych", "accelerate", "diffusers", "numpy", "onnxruntime", "pillow", "torch"),
+    *("diptych", "accelerate", "diffusers", "numpy", "onnxruntime", "peft", "pillow", "torch"),
     "transformers",
 )
 

@@ -26,8 +26,13 @@ API = {
         *("Captioner", "Caption", "CaptionOptions", "caption", "pipeline"),
         *("ImageGenerator", "GeneratedImage", "GenerateOptions", "generate"),
         *("ImageToImageOptions", "InpaintOptions", "StyleOptions"),
+        *("finetune_generator", "GeneratorTrainOptions"),
+        *("finetune_captioner", "CaptionerTrainOptions"),
         *("export", "available_models"),
     ),
+    "diptych.training.finetune": ("Reporting", "read_data"),
+    "diptych.training.loop": ("Finished", "Stopped"),
+    "diptych.training.data": ("Dataset", "DatasetReport"),
     "diptych.text_to_image.previews": ("DenoisingStep",),
     "diptych.text_to_image.infotext": ("read_settings", "from_text", "Settings"),
     "diptych.text_to_image.schedules": ("NoiseSchedule", "ScheduleConfig", "Steps"),
@@ -409,6 +414,27 @@ OPTIONS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
         ),
         ("How they act is told in [style transfer](../guides/style-transfer.md).",),
     ),
+    "GeneratorTrainOptions": (
+        "Generator training options",
+        "diptych.training.options",
+        (
+            "Words of `finetune_generator`, flags of `diptych finetune generator`, and fields of",
+            "`GeneratorTrainOptions`. Where the method or the model decides, the default says so.",
+        ),
+        (
+            "How they act is told in [a style or subject](../guides/finetune-generator.md) and",
+            "[one subject, one word](../guides/finetune-subject.md).",
+        ),
+    ),
+    "CaptionerTrainOptions": (
+        "Captioner training options",
+        "diptych.training.options",
+        (
+            "Words of `finetune_captioner`, flags of `diptych finetune captioner`, and fields of",
+            "`CaptionerTrainOptions`.",
+        ),
+        ("How they act is told in [words of one's own field](../guides/finetune-captioner.md).",),
+    ),
 }
 # Fields that a section does not repeat: those of the class it is derived from, where unchanged.
 _TOLD_BEFORE = {
@@ -450,7 +476,7 @@ def _option(field: dataclasses.Field[Any]) -> tuple[str, ...]:
 def _wanted(meta: Any) -> str:
     if meta["choices"]:
         return " ".join(f"`{choice}`" for choice in meta["choices"])
-    names = {int: "whole number", float: "number", bool: "`True` `False`", str: "text"}
+    names = {int: "whole number", float: "number", bool: "`True` `False`", str: "text", tuple: "texts"}
     text, low, high = names[meta["kind"]], meta["low"], meta["high"]
     if high is not None and high < 2**32:
         return f"{text}, {low:g} to {high:g}"

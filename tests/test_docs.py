@@ -206,10 +206,12 @@ def parse(arguments: list[str]) -> None:
         InpaintOptions,
     )
     from diptych.text_to_image.style_options import StyleOptions
+    from diptych.training.options import CaptionerTrainOptions, GeneratorTrainOptions
 
     kinds: dict[str, Any] = {"generate": GenerateOptions, "images": GenerateOptions}
     kinds |= {"img2img": ImageToImageOptions, "inpaint": InpaintOptions}
     kinds |= {"stylize": StyleOptions, "style": StyleOptions}
+    kinds |= {"generator": GeneratorTrainOptions, "captioner": CaptionerTrainOptions}
     command, name = get_command(app), "diptych"
     if arguments in (["--help"], ["--version"]):
         return
@@ -222,7 +224,7 @@ def parse(arguments: list[str]) -> None:
     values = command.make_context(name, list(arguments)).params
     options = kinds.get(name, CaptionOptions)()
     names = {field.name for field in dataclasses.fields(options)}
-    asked = {n: meant(v) for n, v in values.items() if n in names and v is not None}
+    asked = {n: meant(v) for n, v in values.items() if n in names and v not in (None, [])}
     options.replace(**asked)
 
 

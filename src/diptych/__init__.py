@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from diptych.text_to_image.options import ImageToImageOptions as ImageToImageOptions
     from diptych.text_to_image.options import InpaintOptions as InpaintOptions
     from diptych.text_to_image.style_options import StyleOptions as StyleOptions
+    from diptych.training.finetune import finetune_captioner as finetune_captioner
+    from diptych.training.finetune import finetune_generator as finetune_generator
+    from diptych.training.options import CaptionerTrainOptions as CaptionerTrainOptions
+    from diptych.training.options import GeneratorTrainOptions as GeneratorTrainOptions
     from diptych.weights.catalog import available_models as available_models
 
 # Public name → the module that defines it; imported when first used, so that `import diptych`
@@ -28,9 +32,11 @@ if TYPE_CHECKING:
 _HOMES = {
     "Caption": "diptych.image_to_text.caption",
     "CaptionOptions": "diptych.image_to_text.options",
+    "CaptionerTrainOptions": "diptych.training.options",
     "Captioner": "diptych.image_to_text.captioner",
     "DiptychError": "diptych.errors",
     "GenerateOptions": "diptych.text_to_image.options",
+    "GeneratorTrainOptions": "diptych.training.options",
     "GeneratedImage": "diptych.text_to_image.generated_image",
     "ImageGenerator": "diptych.text_to_image.generator",
     "ImageToImageOptions": "diptych.text_to_image.options",
@@ -39,6 +45,8 @@ _HOMES = {
     "available_models": "diptych.weights.catalog",
     "caption": "diptych.image_to_text.captioner",
     "export": "diptych.runtimes.conversion",
+    "finetune_captioner": "diptych.training.finetune",
+    "finetune_generator": "diptych.training.finetune",
     "generate": "diptych.text_to_image.generator",
     "pipeline": "diptych.image_to_text.pipeline",
 }
