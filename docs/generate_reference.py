@@ -476,7 +476,13 @@ def _option(field: dataclasses.Field[Any]) -> tuple[str, ...]:
 def _wanted(meta: Any) -> str:
     if meta["choices"]:
         return " ".join(f"`{choice}`" for choice in meta["choices"])
-    names = {int: "whole number", float: "number", bool: "`True` `False`", str: "text", tuple: "texts"}
+    names = {
+        int: "whole number",
+        float: "number",
+        bool: "`True` `False`",
+        str: "text",
+        tuple: "texts",
+    }
     text, low, high = names[meta["kind"]], meta["low"], meta["high"]
     if high is not None and high < 2**32:
         return f"{text}, {low:g} to {high:g}"

@@ -133,6 +133,12 @@ def test_bad_words_get_one_sentence(
     assert "\n" not in str(result.exception)
 
 
+def test_a_run_is_no_part_of_its_data(sd1: Path, pictures: Path) -> None:
+    result = generator(pictures, sd1, pictures / "run")
+    assert "lies within the data" in str(result.exception)
+    assert not (pictures / "run").exists()
+
+
 def test_no_output_is_asked_for(pictures: Path) -> None:
     result = run("finetune", "generator", pictures)
     assert "--output" in str(result.exception)

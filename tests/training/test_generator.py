@@ -448,18 +448,28 @@ def test_dreambooth_keeps_what_the_class_looks_like(
     assert names[0].read_bytes() != names[1].read_bytes()
 
 
-@pytest.mark.parametrize("precision", ["bf16"])
-def test_half_precision_stays_near(
-    tmp_path: Path, sd1: Path, pictures: Path, precision: str
-) -> None:
+def test_half_precision_stays_near(tmp_path: Path, sd1: Path, pictures: Path) -> None:
     exact = make_task(sd1, pictures, tmp_path / "a")
-    half = make_task(sd1, pictures, tmp_path / "b", mixed_precision=precision)
+    half = make_task(sd1, pictures, tmp_path / "b", mixed_precision="bf16")
     assert next(half.modules["unet"].parameters()).dtype == torch.bfloat16
     assert all(each.dtype == torch.float32 for each in half.groups[0].parameters.values())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         found = half.losses(0, slice(None))
     with torch.no_grad():
         torch.testing.assert_close(found, exact.losses(0, slice(None)), rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "textual-inversion"])
+def test_half_precision_runs_to_the_end(
+    tmp_path: Path, sd1: Path, pictures: Path, method: str
+) -> None:
+    words = {**SMALL, "num_sample_images": 1, "mixed_precision": "bf16", "method": method}
+    if method == "textual-inversion":
+        words |= {"placeholder_token": "<thing>", "validation_fraction": 0.25}
+    finished = finetune_generator(pictures, tmp_path, sd1, **words)
+    assert finished.start is not None
+    assert np.isfinite(finished.start)
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 4
 
 
 def test_validation_is_the_same_every_time(tmp_path: Path, sd1: Path, pictures: Path) -> None:
@@ -505,6 +515,8 @@ def test_networks_for_inpainting_are_refused(tmp_path: Path, pictures: Path) -> 
         ({"method": "textual-inversion", "placeholder_token": "a"}, "token already"),
         ({"center_crop": False}, "cache_latents"),
         ({"optimizer": "adamw_8bit"}, "bitsandbytes"),
+        ({"save_single_file": True}, "save_single_file is for all weights"),
+        ({"method": "full", "save_kohya": True}, "save_kohya is for a LoRA"),
     ],
 )
 def test_options_that_cannot_be_used(
@@ -512,3 +524,31 @@ def test_options_that_cannot_be_used(
 ) -> None:
     with pytest.raises(BadInput, match=told):
         finetune_generator(pictures, tmp_path, sd1, **{**SMALL, **words})
+
+
+def test_the_default_generator_learns_a_lora(tmp_path: Path) -> None:
+    from training_pictures import draw_pictures
+
+    data = draw_pictures(tmp_path / "data", 4, seed=2, size=(128, 128))
+    words = {"max_train_steps": 2, "train_batch_size": 2, "num_sample_images": 0}
+    finished = finetune_generator(data, tmp_path / "run", **words)
+    generator = ImageGenerator.load(runtime="torch")
+    generator.load_lora(finished.files[0])
+    drawn = generator.generate("a red circle", seed=1, num_inference_steps=2).image
+    assert drawn.size == (128, 128)
+
+
+def test_all_weights_are_written_as_one_file_too(tmp_path: Path, pictures: Path) -> None:
+    make_pipeline(tmp_path / "model", "sd1", seed=6, full_vocabulary=True)
+    words = {**SMALL, "max_train_steps": 1, "method": "full", "save_single_file": True}
+    finished = finetune_generator(pictures, tmp_path / "run", tmp_path / "model", **words)
+    folder, file = finished.files
+    assert file.name == "model.safetensors"
+    parts = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    single = load_file(file)
+    assert torch.equal(
+        single["model.diffusion_model.input_blocks.0.0.weight"], parts["conv_in.weight"]
+    )
+    generator = ImageGenerator.load(folder, runtime="torch")
+    drawn = generator.generate("a bird", num_inference_steps=1, width=64, height=64)
+    assert drawn.image.size == (64, 64)

@@ -222,6 +222,11 @@ def _run(
     folder = folder.expanduser()
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder}: is a file: give a folder to write to")
+    if Path(data).is_dir() and folder.resolve().is_relative_to(Path(data).resolve()):
+        raise BadInput(
+            f"{folder}: lies within the data, where its samples would be taken for pictures to "
+            "learn: give a folder beside it"
+        )
     workers = Workers()
     try:
         with locked(folder) if workers.leads else nullcontext():

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diptych.canvas import to_pixel_values
-from diptych.errors import UnsupportedModel
+from diptych.errors import BadInput, UnsupportedModel
 from diptych.models.clip_text import Layer as TextLayer
 from diptych.models.layers import ResnetBlock
 from diptych.models.lora import LowRank
@@ -109,6 +109,11 @@ class GeneratorTask:
         self.workers, self._note = workers, note
         self._unet, self._vae = cast(UNet, modules["unet"]), cast(Vae, modules["vae"])
         _check(model, self._vae)
+        if options.save_single_file and (model.family == "diptych" or options.method != "full"):
+            raise BadInput(
+                "save_single_file is for all weights (method='full') of a Stable Diffusion model: "
+                "leave it out"
+            )
         self.schedule = NoiseSchedule(ScheduleConfig(**model.schedule))
         self._texts = {n: m for n, m in modules.items() if n.startswith("text_encoder")}
         self._tokenizers = {name: files.open() for name, files in model.tokenizers.items()}

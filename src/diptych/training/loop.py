@@ -251,6 +251,8 @@ class _Run:
                 loss += self._backward(number + part)
         except DiptychError as error:
             # A picture that vanished, say: the weights are still those of the step before.
+            if self.workers.count > 1:
+                raise  # the others do not know of it: the last checkpoint has to do
             self._save()
             raise type(error)(*_with_hint(error, self.step)) from error
         self._step_optimizer(loss)
@@ -363,7 +365,7 @@ class _Run:
 
     def _validate(self) -> Validation | None:
         """Measure the weights that would be kept now, and remember the best."""
-        with self._kept(), torch.no_grad():
+        with self._kept(), torch.no_grad(), self._autocast():
             found = self.task.validate()
         if found is None:
             return None
@@ -408,7 +410,7 @@ class _Run:
 
     def _sample(self) -> None:
         if self.workers.leads:
-            with self._kept(), torch.no_grad():
+            with self._kept(), torch.no_grad(), self._autocast():
                 self.task.sample(self.step)
             write_report(self.folder, self.journal.rows, self.options.as_dict())
         self.workers.wait()
