@@ -46,17 +46,28 @@ def generator(data: Path, model: Path, folder: Path, *more: object) -> Any:
 
 
 def test_a_lora_is_trained_where_it_should_lie(tmp_path: Path, sd1: Path, pictures: Path) -> None:
-    result = generator(pictures, sd1, tmp_path, "--sample-prompts", "a", "--sample-prompts", "b")
+    result = generator(
+        pictures,
+        sd1,
+        tmp_path,
+        "--sample-prompts",
+        "a",
+        "--sample-prompts",
+        "b",
+        "--sample-steps",
+        4,
+    )
     assert result.exception is None, result.output
     assert result.stdout.split() == [str(tmp_path / "pytorch_lora_weights.safetensors")]
     assert "validation loss" in result.stderr
     names = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
     assert names == {
         *("cache", "checkpoints", "dataset.json", "metrics.jsonl", "report.html", "run.json"),
+        "pictures.json",
         *("pytorch_lora_weights.safetensors", "samples"),
     }
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/webp") == 2 * 5  # at the start and after each step
+    assert page.count("data:image/webp") == 2 * 2  # at the start and at the end
     assert "http" not in page.replace("http://www.w3.org", "")
     assert (tmp_path / "samples" / "prompts.txt").read_text() == "a\nb\n"
     # Without a word about runtimes, a picture is drawn with it.
@@ -76,6 +87,19 @@ def test_it_goes_on_where_it_was(tmp_path: Path, sd1: Path, pictures: Path) -> N
     longer = generator(pictures, sd1, tmp_path, "--resume", "--max-train-steps", 6, "-f", "json")
     assert longer.exception is None
     assert json.loads(longer.stdout)["step"] == 6
+
+
+def test_a_picture_that_went_is_named(tmp_path: Path, sd1: Path) -> None:
+    data = draw_pictures(tmp_path / "data", 6, seed=3)
+    assert generator(data, sd1, tmp_path / "run").exception is None
+    kept = (data / "002.png").read_bytes()
+    (data / "002.png").unlink()
+    again = generator(data, sd1, tmp_path / "run", "--resume", "--max-train-steps", 6)
+    assert isinstance(again.exception, BadInput)
+    assert "002.png is gone" in str(again.exception)
+    (data / "002.png").write_bytes(kept)
+    last = generator(data, sd1, tmp_path / "run", "--resume", "--max-train-steps", 6)
+    assert last.exception is None
 
 
 def test_a_dry_run_only_looks(tmp_path: Path, pictures: Path) -> None:

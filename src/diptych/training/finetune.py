@@ -190,12 +190,34 @@ class _Run:
             caption_with=caption_with,
             reporting=self.reporting if self.workers.leads else None,
         )
+        self._check_pictures(dataset)
         if self.workers.leads:
             report = json.dumps(dataset.report.as_dict(), indent=2, ensure_ascii=False)
             write_whole(self.folder / "dataset.json", report + "\n")
             self.reporting.note(dataset.report.as_text())
             self.workers.wait()
         return dataset
+
+    def _check_pictures(self, dataset: Dataset) -> None:
+        """Raise `BadInput` where a run goes on with other pictures than it began with."""
+        path = self.folder / "pictures.json"
+        now = {e.digest: e.name for e in (*dataset.train, *dataset.validation)}
+        is_going_on = Checkpoints(self.folder / "checkpoints").newest_step() is not None
+        if not is_going_on or not path.is_file():
+            if self.workers.leads:
+                write_whole(path, json.dumps(now, indent=0, ensure_ascii=False) + "\n")
+            return
+        before: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+        gone = [name for digest, name in before.items() if digest not in now]
+        new = [name for digest, name in now.items() if digest not in before]
+        if gone or new:
+            told = [f"{names[0]} is {what}" for names, what in ((gone, "gone"), (new, "new"))
+                    if names]  # fmt: skip
+            raise BadInput(
+                f"{self.folder}: the run began with other pictures ({len(gone)} of them gone or "
+                f"changed, {len(new)} new): {', '.join(told)}; put them back, or begin anew in "
+                "another folder"
+            )
 
     def fit(self, task: Task) -> Finished:
         return fit(
