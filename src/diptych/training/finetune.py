@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -252,6 +253,8 @@ def _run(
     workers = Workers()
     try:
         with locked(folder) if workers.leads else nullcontext():
+            if workers.leads:
+                _tidy(folder)
             step = Checkpoints(folder / "checkpoints").newest_step()
             if step is not None and not resume:
                 raise BadInput(
@@ -282,6 +285,15 @@ def _run(
         ) from error
     finally:
         workers.close()
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what a kill left half-written; nobody else is at work here."""
+    for path in (*folder.glob(".*.partial"), *(folder / "checkpoints").glob(".*")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _device(device: str) -> str:
