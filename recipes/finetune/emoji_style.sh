@@ -2,8 +2,8 @@
 # Held out are the 45 pictures that the data set itself holds out. Then: has it forgotten scenes?
 set -e
 diptych finetune generator data/fxemoji_128 --output runs/emoji_style \
-  --method lora --rank 16 --lora-layers all --learning-rate 1e-3 --lr-scheduler cosine \
-  --lr-warmup-steps 30 --max-train-steps 900 --train-batch-size 16 --caption-dropout 0.1 \
+  --method lora --rank 32 --lora-layers all --optimizer muon --learning-rate 1e-3 \
+  --lr-scheduler cosine --lr-warmup-steps 20 --max-train-steps 500 --train-batch-size 16 \
   --validation-steps 100 --num-validation-images 45 --ema-decay 0.99 --seed 1 --resume
-diptych evaluate images --runtime torch --count 300 -f json > runs/emoji_style/before.json
-diptych evaluate images --lora runs/emoji_style --count 300 -f json > runs/emoji_style/after.json
+diptych evaluate images --runtime torch -f json > runs/emoji_style/before.json
+diptych evaluate images --lora runs/emoji_style -f json > runs/emoji_style/after.json
