@@ -41,7 +41,7 @@ def generator(data: Path, model: Path, folder: Path, *more: object) -> Any:
         *("finetune", "generator", data, "--model", model, "--method", "lora"),
         *("--max-train-steps", 4, "--learning-rate", 1e-3, "--resolution", 64),
         *("--checkpointing-steps", 2, "--seed", 5, "--device", "cpu", "--output", folder),
-        *("--train-batch-size", 2, *more),
+        *("--train-batch-size", 2, "--num-sample-images", 0, *more),
     )
 
 
