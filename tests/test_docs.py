@@ -190,7 +190,9 @@ def test_command_lines_parse(command: list[str]) -> None:
         case ["python", script, *_]:
             assert (ROOT / script).is_file()
         case [program, *_]:
-            assert program in {"cat", "cd", "curl", "git", "head", "torchrun"}, f"what is {program}?"
+            assert program in {"cat", "cd", "curl", "git", "head", "torchrun"}, (
+                f"what is {program}?"
+            )
 
 
 def parse(arguments: list[str]) -> None:

@@ -459,7 +459,10 @@ def test_half_precision_stays_near(tmp_path: Path, sd1: Path, pictures: Path) ->
         torch.testing.assert_close(found, exact.losses(0, slice(None)), rtol=0.05, atol=0.02)
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "textual-inversion"])
+@pytest.mark.parametrize(
+    "method",
+    ["lora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("full", "textual-inversion"))],
+)
 def test_half_precision_runs_to_the_end(
     tmp_path: Path, sd1: Path, pictures: Path, method: str
 ) -> None:

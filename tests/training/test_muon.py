@@ -76,6 +76,7 @@ def take_steps(workers: Workers) -> torch.nn.Module:
     return module
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
     alone = take_steps(Workers.alone()).state_dict()
     with socket.create_server(("127.0.0.1", 0)) as free:
