@@ -131,10 +131,12 @@ def _ours(
     import torch
 
     from diptych.training.data import prepare
-    from diptych.training.generator import GeneratorTask, generator_defaults
+    from diptych.training.generator import GeneratorTask
     from diptych.training.loop import _Run
+    from diptych.training.methods import generator_defaults
     from diptych.training.options import GeneratorTrainOptions
     from diptych.training.parallel import Workers
+    from diptych.training.workplace import Workplace
     from diptych.weights.generator_files import describe_generator
     from diptych.weights.load_generator import load_generator
 
@@ -155,15 +157,11 @@ def _ours(
     task = GeneratorTask(
         described,
         load_generator(described, device=device, dtype="float32"),
-        prepare(data, validation_fraction=0.0).train,
-        (),
+        prepare(data, validation_fraction=0.0),
         train,
-        folder,
-        device=device,
-        workers=Workers.alone(),
-        fingerprint="",
+        Workplace(folder, device, Workers.alone()),
     )
-    run = _Run(task, train, folder, Workers.alone(), False, None)
+    run = _Run(task, train, False, None)
     return lambda number: run._update()
 
 

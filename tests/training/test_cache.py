@@ -63,10 +63,3 @@ def test_a_full_disk_costs_only_time(
         assert torch.equal(cache.get(key, lambda: {"a": torch.ones(2)})["a"], torch.ones(2))
     assert len(caplog.records) == 1
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-def test_without_a_folder_it_remembers() -> None:
-    cache, made = TensorCache(None), []
-    for _ in range(2):
-        cache.get("a", lambda: made.append(1) or {"x": torch.ones(1)})  # type: ignore[func-returns-value]
-    assert made == [1]

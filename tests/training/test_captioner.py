@@ -20,6 +20,7 @@ from diptych.training.data import prepare
 from diptych.training.finetune import finetune_captioner
 from diptych.training.options import CaptionerTrainOptions
 from diptych.training.parallel import Workers
+from diptych.training.workplace import Workplace
 from diptych.weights.load_parts import load_parts
 from tiny_models import make_tokenizer
 
@@ -39,13 +40,9 @@ def make_task(model: Path, data: Path, folder: Path, **words: Any) -> CaptionerT
     dataset = prepare(data, validation_fraction=0.25)
     return CaptionerTask(
         open_captioner(str(model), None, options, device=torch.device("cpu")),
-        dataset.train,
-        dataset.validation,
+        dataset,
         options,
-        folder,
-        device=torch.device("cpu"),
-        workers=Workers.alone(),
-        fingerprint="",
+        Workplace(folder, torch.device("cpu"), Workers.alone()),
     )
 
 

@@ -17,9 +17,11 @@ from diptych.errors import BadInput, UnsupportedModel
 from diptych.text_to_image.generator import ImageGenerator
 from diptych.training.data import prepare
 from diptych.training.finetune import finetune_generator
-from diptych.training.generator import GeneratorTask, generator_defaults
+from diptych.training.generator import GeneratorTask
+from diptych.training.methods import generator_defaults
 from diptych.training.options import GeneratorTrainOptions
 from diptych.training.parallel import Workers
+from diptych.training.workplace import Workplace
 from diptych.weights.generator_files import describe_generator
 from diptych.weights.load_generator import load_generator
 from tiny_pipelines import make_pipeline
@@ -37,13 +39,9 @@ def make_task(
     return GeneratorTask(
         described,
         load_generator(described, dtype="float32"),
-        dataset.train,
-        dataset.validation,
+        dataset,
         options,
-        folder,
-        device=torch.device("cpu"),
-        workers=Workers.alone(),
-        fingerprint="",
+        Workplace(folder, torch.device("cpu"), Workers.alone()),
     )
 
 
@@ -51,7 +49,7 @@ def shown(task: GeneratorTask, number: int) -> list[dict[str, Any]]:
     """Return what batch `number` shows: latents, noise, timestep and caption of each row."""
     rows = []
     for draw in task._draws(number, task._plan, task._train, 0, slice(None)):
-        latents = task._cache.latents(draw, task._size_of[draw.item.digest]).latents
+        latents = task._shown(draw).latents
         noise = task._noise(draw, latents.shape)
         rows.append(
             {
@@ -127,7 +125,7 @@ def test_latents_are_drawn_from_what_diffusers_encodes(
     task = make_task(sd1, pictures, tmp_path)
     pixels, found = [], []
     for item in task._train:
-        draws = [task._cache.latents(_draw(item, seed), (64, 64)).latents for seed in range(200)]
+        draws = [task._encoder.latents(item, (64, 64), (seed, 1)).latents for seed in range(200)]
         found.append(torch.stack(draws))
         values = np.asarray(item.open(), np.float32) / 127.5 - 1
         pixels.append(torch.from_numpy(values.transpose(2, 0, 1)))
@@ -137,12 +135,6 @@ def test_latents_are_drawn_from_what_diffusers_encodes(
         mean, std = spread.mean[index] * 0.18215, spread.std[index] * 0.18215
         assert ((draws.mean(0) - mean).abs() < 6 * std / 200**0.5 + 1e-6).all()
         assert abs(float((draws.std(0) / std).mean()) - 1) < 0.05
-
-
-def _draw(item: Any, seed: int) -> Any:
-    from diptych.training.generator import _Draw
-
-    return _Draw(item, "", False, (seed, 1), 0)
 
 
 def assert_same_way(
@@ -265,9 +257,8 @@ def drawn_by_diffusers(pipeline: Any, prompt: str, noise: np.ndarray[Any, Any]) 
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-@pytest.mark.parametrize("file", ["pytorch_lora_weights", "kohya_lora"])
 def test_diffusers_draws_the_same_picture_with_the_lora(
-    tmp_path: Path, pictures: Path, family: Any, file: str, request: pytest.FixtureRequest
+    tmp_path: Path, pictures: Path, family: Any, request: pytest.FixtureRequest
 ) -> None:
     import diffusers
 
@@ -284,7 +275,6 @@ def test_diffusers_draws_the_same_picture_with_the_lora(
         train_text_encoder=True,
         save_kohya=True,
     )
-    lora = tmp_path / f"{file}.safetensors"
     noise = np.random.default_rng(2).standard_normal((1, 4, 8, 8), np.float32)
     words: dict[str, Any] = {
         "latents": noise,
@@ -296,14 +286,18 @@ def test_diffusers_draws_the_same_picture_with_the_lora(
     }
     generator = ImageGenerator.load(model, runtime="torch")
     plain = generator.generate("a red bird", **words).image
-    generator.load_lora(lora)
-    ours = generator.generate("a red bird", **words).image
     xl = "XL" if family == "sdxl" else ""
     pipeline = getattr(diffusers, f"StableDiffusion{xl}Pipeline").from_pretrained(model)
-    pipeline.load_lora_weights(str(tmp_path), weight_name=lora.name)
-    theirs = drawn_by_diffusers(pipeline, "a red bird", noise)
-    assert psnr(ours, theirs) >= 40
-    assert psnr(plain, ours) < 35, "the LoRA changes the picture"
+    for layout in ("pytorch_lora_weights", "kohya_lora"):
+        lora = tmp_path / f"{layout}.safetensors"
+        generator.load_lora(lora)
+        ours = generator.generate("a red bird", **words).image
+        pipeline.load_lora_weights(str(tmp_path), weight_name=lora.name)
+        theirs = drawn_by_diffusers(pipeline, "a red bird", noise)
+        assert psnr(ours, theirs) >= 40, layout
+        assert psnr(plain, ours) < 35, "the LoRA changes the picture"
+        generator.unload_lora()
+        pipeline.unload_lora_weights()
 
 
 def test_a_learned_word_is_loaded_by_diffusers(tmp_path: Path, sd1: Path, pictures: Path) -> None:
@@ -373,7 +367,7 @@ def test_sdxl_is_told_sizes_and_crops(tmp_path: Path, sdxl: Path) -> None:
     data = draw_pictures(tmp_path / "data", 4, seed=2, size=(96, 48))
     task = make_task(sdxl, data, tmp_path / "run", buckets=False)
     draws = task._draws(0, task._plan, task._train, 0, slice(None))
-    seen = [task._cache.latents(draw, task._size_of[draw.item.digest]) for draw in draws]
+    seen = [task._shown(draw) for draw in draws]
     told = task._told(draws, seen)
     # 96x48 is scaled to 128x64, and its middle 64x64 begins at column 32.
     assert told["time_ids"].tolist() == [[48, 96, 0, 32, 64, 64]] * 2

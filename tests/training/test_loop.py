@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -18,9 +19,13 @@ from torch import Tensor, nn
 
 from diptych.errors import BadImage, BadInput
 from diptych.training.journal import read_rows
-from diptych.training.loop import Stopped, Validation, fit
+from diptych.training.loop import fit
 from diptych.training.optimizers import Group
 from diptych.training.options import GeneratorTrainOptions
+from diptych.training.parallel import Workers
+from diptych.training.stopping import Stopped
+from diptych.training.task import Validation
+from diptych.training.workplace import Workplace
 
 WIDTH = 6
 
@@ -33,8 +38,8 @@ class Toy:
         self.linear, self.drop = nn.Linear(WIDTH, WIDTH), nn.Dropout(0.2)
         named = dict(self.linear.named_parameters())
         self.groups = [Group(named, 0.05)]
-        self.device, self.batches_per_epoch = torch.device("cpu"), 5
-        self.fingerprint, self.folder, self.rows = "toy", folder, rows
+        self.place = Workplace(folder, torch.device("cpu"), Workers.alone(), "toy")
+        self.batches_per_epoch, self.rows = 5, rows
         self.break_at = break_at or {}
         self.sampled: list[int] = []
 
@@ -60,7 +65,7 @@ class Toy:
     def finish(self) -> list[Path]:
         from safetensors.torch import save_file
 
-        path = self.folder / "result.safetensors"
+        path = self.place.folder / "result.safetensors"
         save_file({name: each.detach() for name, each in self.linear.named_parameters()}, path)
         return [path]
 
@@ -104,16 +109,16 @@ VARIANTS: list[dict[str, Any]] = [
 def test_a_resumed_run_is_the_run(tmp_path: Path, words: dict[str, Any], stop_at: int) -> None:
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     whole.mkdir(), parted.mkdir()
-    fit(Toy(whole), options(**words), whole)
+    fit(Toy(whole), options(**words))
     parts = words.get("gradient_accumulation_steps", 1)
 
     def interrupt() -> None:
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(Stopped) as stopped:
-        fit(Toy(parted, {stop_at * parts - 1: interrupt}), options(**words), parted)
+        fit(Toy(parted, {stop_at * parts - 1: interrupt}), options(**words))
     assert stopped.value.step == stop_at
-    finished = fit(Toy(parted), options(**words), parted, resume=True)
+    finished = fit(Toy(parted), options(**words), resume=True)
     assert result(whole) == result(parted)
     assert timeless(whole) == timeless(parted)
     assert finished.step == 20
@@ -121,7 +126,7 @@ def test_a_resumed_run_is_the_run(tmp_path: Path, words: dict[str, Any], stop_at
 
 def test_steps_are_those_of_plain_torch(tmp_path: Path) -> None:
     toy, twin = Toy(tmp_path), Toy(tmp_path)
-    fit(toy, options(max_train_steps=6, gradient_accumulation_steps=2), tmp_path)
+    fit(toy, options(max_train_steps=6, gradient_accumulation_steps=2))
     optimizer = torch.optim.AdamW(twin.linear.parameters(), lr=0.05, weight_decay=1e-2)
     from diptych.training.loop import _seed
 
@@ -140,13 +145,13 @@ def test_the_callers_random_numbers_stay(tmp_path: Path) -> None:
     wanted = torch.rand(3)
     toy = Toy(tmp_path)
     torch.manual_seed(5)
-    fit(toy, options(), tmp_path)
+    fit(toy, options())
     assert torch.equal(torch.rand(3), wanted)
 
 
 def test_the_average_is_what_is_kept(tmp_path: Path) -> None:
     toy = Toy(tmp_path)
-    fit(toy, options(ema_decay=0.5, max_train_steps=3), tmp_path)
+    fit(toy, options(ema_decay=0.5, max_train_steps=3))
     kept = load_file(tmp_path / "result.safetensors")["weight"]
     assert not torch.equal(kept, toy.linear.weight), "the last weights are other ones"
     rows = [row for row in read_rows(tmp_path / "metrics.jsonl") if "validation" in row]
@@ -163,7 +168,7 @@ def test_the_best_weights_are_kept(tmp_path: Path) -> None:
         def rate(self, step: int) -> float:
             return 1.0 if step < 10 else 40.0
 
-    finished = fit(Spoiled(tmp_path), options(keep_best=True), tmp_path)
+    finished = fit(Spoiled(tmp_path), options(keep_best=True))
     assert finished.best_step == 10
     assert finished.end is not None
     assert finished.start is not None
@@ -181,7 +186,7 @@ def test_a_step_that_is_not_finite_is_left_out(
     tmp_path: Path, bad: float, caplog: pytest.LogCaptureFixture
 ) -> None:
     toy = Toy(tmp_path, {4: bad})
-    fit(toy, options(), tmp_path)
+    fit(toy, options())
     assert "step 5 is left out" in caplog.text
     assert bool(torch.isfinite(toy.linear.weight).all())
 
@@ -191,14 +196,14 @@ def test_too_many_of_them_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(
         BadInput, match=r"learning_rate 0.05 is too high.*give 0.005.*step 14 is whole"
     ):
-        fit(toy, options(max_train_steps=50, checkpointing_steps=7), tmp_path)
+        fit(toy, options(max_train_steps=50, checkpointing_steps=7))
     assert bool(torch.isfinite(toy.linear.weight).all())
 
 
 def test_a_loss_that_runs_away_ends_the_run(tmp_path: Path) -> None:
     toy = Toy(tmp_path, {number: 1.0 + max(0, number - 30) for number in range(200)})
     with pytest.raises(BadInput, match=r"the loss rose from .* learning_rate"):
-        fit(toy, options(max_train_steps=200), tmp_path)
+        fit(toy, options(max_train_steps=200))
 
 
 def test_over_fitting_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -210,7 +215,7 @@ def test_over_fitting_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
             loss = 1.0 if self.times < 4 else self.times / 4
             return Validation(loss, {}, merit=-loss)
 
-    fit(Worse(tmp_path), options(max_train_steps=60), tmp_path)
+    fit(Worse(tmp_path), options(max_train_steps=60))
     rows = read_rows(tmp_path / "metrics.jsonl")
     warned = [row["step"] for row in rows if "warning" in row]
     assert warned
@@ -224,10 +229,10 @@ def test_what_fails_inside_a_step_keeps_the_step_before(tmp_path: Path) -> None:
 
     whole = tmp_path / "whole"
     whole.mkdir()
-    fit(Toy(whole), options(), whole)
+    fit(Toy(whole), options())
     with pytest.raises(BadImage, match=r"cat.png: cannot be read.*step 11 is kept"):
-        fit(Toy(tmp_path, {11: vanish}), options(), tmp_path)
-    fit(Toy(tmp_path), options(), tmp_path, resume=True)
+        fit(Toy(tmp_path, {11: vanish}), options())
+    fit(Toy(tmp_path), options(), resume=True)
     assert result(tmp_path) == result(whole)
 
 
@@ -236,7 +241,7 @@ def test_a_full_disk_loses_no_checkpoint(tmp_path: Path, monkeypatch: pytest.Mon
 
     whole = tmp_path / "whole"
     whole.mkdir()
-    fit(Toy(whole), options(), whole)
+    fit(Toy(whole), options())
     real = checkpoints.save_file
 
     def full(tensors: Any, path: Path, *rest: Any) -> None:
@@ -247,10 +252,10 @@ def test_a_full_disk_loses_no_checkpoint(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.raises(BadInput, match=r"No space left on device.*That of step 7 is whole"):
-        fit(Toy(tmp_path), options(), tmp_path)
+        fit(Toy(tmp_path), options())
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000007"]
     monkeypatch.setattr(checkpoints, "save_file", real)
-    fit(Toy(tmp_path), options(), tmp_path, resume=True)
+    fit(Toy(tmp_path), options(), resume=True)
     assert result(tmp_path) == result(whole)
 
 
@@ -265,7 +270,7 @@ def damage(path: Path) -> None:
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     tmp_path: Path, name: str, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fit(Toy(tmp_path), options(), tmp_path)
+    fit(Toy(tmp_path), options())
     wanted = result(tmp_path)
     newest = tmp_path / "checkpoints" / "step-00000020" / name
     actions: dict[str, Callable[[], Any]] = {
@@ -275,14 +280,14 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     }
     actions[how]()
     (tmp_path / "result.safetensors").unlink()
-    fit(Toy(tmp_path), options(), tmp_path, resume=True)
+    fit(Toy(tmp_path), options(), resume=True)
     assert "is damaged" in caplog.text
     assert result(tmp_path) == wanted
 
 
 def test_checkpoints_are_thinned_out(tmp_path: Path) -> None:
     words = {"checkpointing_steps": 3, "checkpoints_total_limit": 3}
-    fit(Toy(tmp_path), options(**words), tmp_path)
+    fit(Toy(tmp_path), options(**words))
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000015", "step-00000018", "step-00000020"]
 
@@ -297,30 +302,30 @@ def test_checkpoints_are_thinned_out(tmp_path: Path) -> None:
     ],
 )
 def test_other_settings_are_refused(tmp_path: Path, words: dict[str, Any], told: str) -> None:
-    fit(Toy(tmp_path), options(), tmp_path)
+    fit(Toy(tmp_path), options())
     with pytest.raises(BadInput, match=told):
-        fit(Toy(tmp_path), options(**words), tmp_path, resume=True)
+        fit(Toy(tmp_path), options(**words), resume=True)
 
 
 def test_other_data_is_refused(tmp_path: Path) -> None:
-    fit(Toy(tmp_path), options(), tmp_path)
+    fit(Toy(tmp_path), options())
     other = Toy(tmp_path)
-    other.fingerprint = "changed"
+    other.place = dataclasses.replace(other.place, fingerprint="changed")
     with pytest.raises(BadInput, match="other pictures, captions or weights"):
-        fit(other, options(), tmp_path, resume=True)
+        fit(other, options(), resume=True)
 
 
 def test_a_longer_run_goes_on(tmp_path: Path) -> None:
     long, extended = tmp_path / "long", tmp_path / "extended"
     long.mkdir(), extended.mkdir()
-    fit(Toy(long), options(max_train_steps=30), long)
-    fit(Toy(extended), options(), extended)
-    fit(Toy(extended), options(max_train_steps=30), extended, resume=True)
+    fit(Toy(long), options(max_train_steps=30))
+    fit(Toy(extended), options())
+    fit(Toy(extended), options(max_train_steps=30), resume=True)
     assert result(long) == result(extended)
 
 
 def test_resuming_nothing_begins(tmp_path: Path) -> None:
-    assert fit(Toy(tmp_path), options(), tmp_path, resume=True).step == 20
+    assert fit(Toy(tmp_path), options(), resume=True).step == 20
 
 
 def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
@@ -329,16 +334,14 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt) as raised:
-        fit(Toy(tmp_path, {3: twice}), options(), tmp_path)
+        fit(Toy(tmp_path, {3: twice}), options())
     assert not isinstance(raised.value, Stopped)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_it_runs_in_a_thread(tmp_path: Path) -> None:
     steps = []
-    thread = threading.Thread(
-        target=lambda: steps.append(fit(Toy(tmp_path), options(), tmp_path).step)
-    )
+    thread = threading.Thread(target=lambda: steps.append(fit(Toy(tmp_path), options()).step))
     thread.start()
     thread.join()
     assert steps == [20]
@@ -346,7 +349,7 @@ def test_it_runs_in_a_thread(tmp_path: Path) -> None:
 
 def test_rows_say_what_was_measured(tmp_path: Path) -> None:
     toy, heard = Toy(tmp_path), []
-    fit(toy, options(), tmp_path, tell=heard.append)
+    fit(toy, options(), tell=heard.append)
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert heard == json.loads(json.dumps(rows))
     assert [row["step"] for row in rows if "loss" in row] == list(range(2, 21, 2))
@@ -366,7 +369,7 @@ def test_rows_say_what_was_measured(tmp_path: Path) -> None:
 def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    fit(Toy(tmp_path), options(report_to="tensorboard"), tmp_path)
+    fit(Toy(tmp_path), options(report_to="tensorboard"))
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     rows = read_rows(tmp_path / "metrics.jsonl")
@@ -378,12 +381,12 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
 
 
 def test_half_precision_on_a_cpu_learns(tmp_path: Path) -> None:
-    finished = fit(Toy(tmp_path), options(mixed_precision="bf16", max_train_steps=40), tmp_path)
+    finished = fit(Toy(tmp_path), options(mixed_precision="bf16", max_train_steps=40))
     assert finished.change is not None
     assert finished.change < -0.1
 
 
 def test_no_step_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    fit(Toy(tmp_path), options(), tmp_path)
+    fit(Toy(tmp_path), options())
     assert not caplog.records

@@ -80,20 +80,8 @@ def generator(
 
     if training.dry_run:
         _show_data(data, options, training, caption_with)
-        return
-    with _reporting(training, options) as reporting:
-        finished = finetune_generator(
-            data,
-            training.folder(),
-            training.model,
-            options,
-            device=training.device,
-            revision=training.revision,
-            resume=training.resume,
-            caption_with=caption_with,
-            reporting=reporting,
-        )
-    _show_end(finished, training)
+    else:
+        _train(finetune_generator, data, options, training, caption_with=caption_with)
 
 
 @app.command("captioner")
@@ -118,19 +106,25 @@ def captioner(
 
     if training.dry_run:
         _show_data(data, options, training, None)
-        return
+    else:
+        _train(finetune_captioner, data, options, training, encoder=encoder, decoder=decoder)
+
+
+def _train(
+    finetune: Callable[..., Finished], data: Path, options: Any, training: Training, **own: Any
+) -> None:
+    """Run one of the two, show how it goes and how it ended; `own` are its own arguments."""
     with _reporting(training, options) as reporting:
-        finished = finetune_captioner(
+        finished = finetune(
             data,
             training.folder(),
             training.model,
             options,
-            encoder=encoder,
-            decoder=decoder,
             device=training.device,
             revision=training.revision,
             resume=training.resume,
             reporting=reporting,
+            **own,
         )
     _show_end(finished, training)
 
@@ -192,7 +186,7 @@ def _show_end(finished: Finished, training: Training) -> None:
 def _reporting(training: Training, options: Any) -> Iterator[Reporting]:
     """Show what a run tells; when it is stopped, say how to go on."""
     from diptych.training.finetune import Reporting
-    from diptych.training.loop import Stopped
+    from diptych.training.stopping import Stopped
 
     with _counting(training.quiet) as advance:
         tell = None if training.quiet else _Rows(options)

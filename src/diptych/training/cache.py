@@ -31,24 +31,18 @@ def cache_key(**parts: Any) -> str:
 
 
 class TensorCache:
-    """Hold a few tensors a key, one file each, below `folder`; None keeps them in memory only.
+    """Hold a few tensors a key, one file each, below `folder`.
 
     Files appear whole: a kill while writing leaves a file that nobody reads. Each carries a
     checksum, so that a file damaged later is noticed and made again. A full disk costs the cache,
     not the run.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
-        self._memory: dict[str, dict[str, Tensor]] = {}
-        self._is_full = False
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._is_full = folder, False
 
     def get(self, key: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Return what is kept under `key`, else what `compute` gives, and keep it."""
-        if self.folder is None:
-            if key not in self._memory:
-                self._memory[key] = _packed(compute())
-            return self._memory[key]
         path = self.folder / key[:2] / f"{key}.safetensors"
         found = self._read(path)
         if found is None:

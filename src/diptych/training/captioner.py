@@ -25,13 +25,13 @@ from diptych.runtimes.on_torch import torch_networks
 from diptych.text import Gpt2Tokenizer
 from diptych.training.buckets import Plan
 from diptych.training.cache import TensorCache, cache_key
-from diptych.training.data import Item
-from diptych.training.loop import Validation
-from diptych.training.lora import add_updates, choose_layers
+from diptych.training.data import Dataset, Item
+from diptych.training.lora import DEFAULT_RANK, add_updates, choose_layers, matrices
 from diptych.training.memory import checkpoint_blocks
 from diptych.training.optimizers import Group
 from diptych.training.options import CaptionerTrainOptions
-from diptych.training.parallel import Workers
+from diptych.training.task import Validation
+from diptych.training.workplace import Workplace
 from diptych.weights.files import ModelFolder
 from diptych.weights.hub import resolve
 from diptych.weights.load import load_captioner
@@ -42,7 +42,6 @@ __all__ = ["CaptionerTask", "Opened", "captioner_defaults", "open_captioner"]
 
 _IGNORED = -100  # a target that counts for nothing
 _RATES = {"full": 5e-5, "lora": 1e-4}
-_RANK = 8
 _DRAWN = 4  # captions of a picture that are compared with each other
 _LONGEST = 64
 
@@ -100,25 +99,19 @@ class CaptionerTask:
     def __init__(
         self,
         opened: Opened,
-        train: Sequence[Item],
-        validation: Sequence[Item],
+        dataset: Dataset,
         options: CaptionerTrainOptions,
-        folder: Path,
-        *,
-        device: torch.device,
-        workers: Workers,
-        fingerprint: str,
+        place: Workplace,
     ) -> None:
         """Prepare a run; `options` are resolved."""
-        self.options, self.folder, self.device, self.workers = options, folder, device, workers
-        self.fingerprint = fingerprint
+        self.options, self.place, self.device = options, place, place.device
         self.module, self.model = opened.module, opened.model
         self._tokenizer = Gpt2Tokenizer.load(self.model.tokenizer)
         self._preprocessing = Preprocessing.from_config(self.model.preprocessing)
         networks = OpenNetworks(
             torch_networks(self.module),
             runtime="torch",
-            device=str(device),
+            device=str(place.device),
             dtype="float32",
             reason="it is being trained",
         )
@@ -135,11 +128,12 @@ class CaptionerTask:
             checkpoint_blocks(self.module.encoder, (ViTLayer,))
         learns = any(each.requires_grad for each in self.module.encoder.parameters())
         is_kept = options.cache_encoder and not learns
-        self._cache = TensorCache(folder / "cache" / "encoder") if is_kept else None
-        self._train = list(train)
-        self._held = sorted(validation, key=lambda e: e.digest)[: options.num_validation_images]
-        self._plan = Plan([0] * len(train), options.train_batch_size, options.seed,
-                          [each.repeats for each in train])  # fmt: skip
+        self._cache = TensorCache(place.folder / "cache" / "encoder") if is_kept else None
+        self._train = dataset.train
+        held = sorted(dataset.validation, key=lambda each: each.digest)
+        self._held = held[: options.num_validation_images]
+        repeats = [each.repeats for each in self._train]
+        self._plan = Plan([0] * len(repeats), options.train_batch_size, options.seed, repeats)
         self.batches_per_epoch = self._plan.batches_per_epoch
         self._tokens: dict[str, tuple[int, ...]] = {}
         self._frequency: DocumentFrequency | None = None
@@ -162,12 +156,10 @@ class CaptionerTask:
         module.requires_grad_(False)
         if options.method == "lora":
             chosen = choose_layers({"decoder": module.decoder}, options.lora_layers)
-            self._updates = add_updates(chosen, options.rank or _RANK, options.alpha, options.seed)
-            parameters = {
-                f"{network}.{path}.{kind}": matrix
-                for (network, path), update in self._updates.items()
-                for kind, matrix in (("lora_A", update.down), ("lora_B", update.up))
-            }
+            self._updates = add_updates(
+                chosen, options.rank or DEFAULT_RANK, options.alpha, options.seed
+            )
+            parameters = matrices(self._updates)
         else:
             parameters = {
                 name: each for name, each in module.named_parameters() if not self._is_frozen(name)
@@ -385,7 +377,7 @@ class CaptionerTask:
         self._set_training(False)
         sums = torch.zeros(2)
         size = self.options.train_batch_size
-        mine = self._held[self.workers.rank :: self.workers.count]
+        mine = self._held[self.place.workers.rank :: self.place.workers.count]
         for first in range(0, len(mine), size):
             draws = [
                 _Draw(item, False, self._ids(item.captions[0]))
@@ -393,7 +385,7 @@ class CaptionerTask:
             ]
             sums[0] += self._word_losses(draws, 0.0).sum().cpu()
             sums[1] += sum(len(draw.token_ids) + 1 for draw in draws)
-        self.workers.add_up([sums])
+        self.place.workers.add_up([sums])
         captions = self._captioner.caption(
             [item.open() for item in self._held],
             num_beams=1,
@@ -424,7 +416,7 @@ class CaptionerTask:
             with torch.no_grad():
                 layer.weight.add_(update.delta().to(layer.weight))
             detach(layer, update)
-        target = self.folder / "model"
+        target = self.place.folder / "model"
         save_captioner(
             self.module,
             target,

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from diptych.errors import BadInput
+from diptych.weights.save_module import staged, sync, write_file
 
 __all__ = ["Checkpoint", "Checkpoints", "locked", "write_whole"]
 
@@ -52,38 +52,26 @@ class Checkpoints:
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write a checkpoint; raises `BadInput` where the disk has no room, and harms no other."""
         target = self.folder / f"step-{checkpoint.step:08d}"
-        staging = self.folder / f".{target.name}.partial"
+        packed = {
+            name: each.detach().cpu().contiguous() for name, each in checkpoint.tensors.items()
+        }
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir()
-            packed = {
-                name: each.detach().cpu().contiguous() for name, each in checkpoint.tensors.items()
-            }
-            save_file(packed, staging / _STATE, {"format": "pt"})
-            write_whole(staging / _PROGRESS, json.dumps(checkpoint.progress, sort_keys=True))
-            files = {name: _describe(staging / name) for name in (_STATE, _PROGRESS)}
-            manifest = {"step": checkpoint.step, "files": files}
-            write_whole(staging / _MANIFEST, json.dumps(manifest, sort_keys=True))
-            _sync(staging / _STATE)
-            _sync(staging)
             if target.exists():
+                if _fault(target) is None:
+                    return target  # the state of a step is always the same
                 shutil.rmtree(target)
-            staging.rename(target)
-            _sync(self.folder)
-        except OSError as error:
-            shutil.rmtree(staging, ignore_errors=True)
+            with staged(target) as staging:
+                save_file(packed, staging / _STATE, {"format": "pt"})
+                sync(staging / _STATE)
+                write_file(staging / _PROGRESS, json.dumps(checkpoint.progress, sort_keys=True))
+                files = {name: _describe(staging / name) for name in (_STATE, _PROGRESS)}
+                manifest = {"step": checkpoint.step, "files": files}
+                write_file(staging / _MANIFEST, json.dumps(manifest, sort_keys=True))
+        except (OSError, SafetensorError) as error:
             raise BadInput(
                 f"{self.folder}: a checkpoint of step {checkpoint.step} cannot be written "
-                f"({error.strerror or error}). {self._what_is_left()}"
-            ) from error
-        except Exception as error:  # safetensors has its own for a full disk
-            shutil.rmtree(staging, ignore_errors=True)
-            if "os error" not in str(error).lower():
-                raise
-            raise BadInput(
-                f"{self.folder}: a checkpoint of step {checkpoint.step} cannot be written "
-                f"({error}). {self._what_is_left()}"
+                f"({getattr(error, 'strerror', None) or error}). {self._what_is_left()}"
             ) from error
         self._thin_out()
         return target
@@ -152,21 +140,9 @@ def _fault(path: Path) -> str | None:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a small file, down to the disk, in one step: the old one stands until then."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
+    partial.unlink(missing_ok=True)
+    write_file(partial, content)
     partial.replace(path)
-
-
-def _sync(path: Path) -> None:
-    # Not every system lets a folder be opened.
-    with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +20,11 @@ from diptych.errors import BadInput
 from diptych.runtimes.on_torch import best_device
 from diptych.training.checkpoints import Checkpoints, locked, write_whole
 from diptych.training.data import Advance, Dataset, prepare, write_captions
-from diptych.training.loop import Finished, Task, fit
+from diptych.training.loop import Finished, fit
 from diptych.training.options import CaptionerTrainOptions, GeneratorTrainOptions, TrainOptions
 from diptych.training.parallel import Workers
+from diptych.training.task import Task
+from diptych.training.workplace import Workplace
 from diptych.weights.load_module import as_device
 
 __all__ = ["Reporting", "finetune_captioner", "finetune_generator", "read_data"]
@@ -60,7 +62,8 @@ def finetune_generator(
     none. `caption_with` names a captioner for pictures without captions. Raises `BadInput` for
     data or options that cannot be used, `Stopped` (a KeyboardInterrupt) when told to stop.
     """
-    from diptych.training.generator import GeneratorTask, generator_defaults
+    from diptych.training.generator import GeneratorTask
+    from diptych.training.methods import generator_defaults
     from diptych.weights.diffusion import resolve_generator
     from diptych.weights.load_generator import load_generator
 
@@ -69,20 +72,9 @@ def finetune_generator(
     resolved = asked.resolve(generator_defaults(asked, described))
     with _run(Path(output), model, data, resolved, device, resume, reporting) as run:
         dataset = run.read(data, caption_with)
-        modules = load_generator(described, device=run.device, dtype="float32", check_finite=True)
-        task = GeneratorTask(
-            described,
-            modules,
-            dataset.train,
-            dataset.validation,
-            resolved,
-            run.folder,
-            device=run.device,
-            workers=run.workers,
-            fingerprint=_fingerprint(dataset, described.name, described.weights),
-            note=run.reporting.note,
-        )
-        return run.fit(task)
+        place = run.place_for(dataset, described.name, described.weights)
+        modules = load_generator(described, device=place.device, dtype="float32", check_finite=True)
+        return run.fit(GeneratorTask(described, modules, dataset, resolved, place))
 
 
 def finetune_captioner(
@@ -121,17 +113,8 @@ def finetune_captioner(
             device=run.device,
             revision=revision,
         )
-        task = CaptionerTask(
-            opened,
-            dataset.train,
-            dataset.validation,
-            resolved,
-            run.folder,
-            device=run.device,
-            workers=run.workers,
-            fingerprint=_fingerprint(dataset, str(name), {"": opened.files}),
-        )
-        return run.fit(task)
+        place = run.place_for(dataset, str(name), {"": opened.files})
+        return run.fit(CaptionerTask(opened, dataset, resolved, place))
 
 
 def read_data(
@@ -178,6 +161,19 @@ class _Run:
     workers: Workers
     resume: bool
     reporting: Reporting
+    document: Mapping[str, Any]
+
+    def note(self) -> None:
+        """Write down what is done in the folder."""
+        if self.workers.leads:
+            write_whole(self.folder / "run.json", json.dumps(self.document, indent=2) + "\n")
+
+    def place_for(
+        self, dataset: Dataset, name: str, weights: Mapping[str, Sequence[Path]]
+    ) -> Workplace:
+        """Return where the task works; `weights` are the files that it begins with."""
+        fingerprint = _fingerprint(dataset, name, weights)
+        return Workplace(self.folder, self.device, self.workers, fingerprint, self.reporting.note)
 
     def read(self, data: str | Path, caption_with: str | None) -> Dataset:
         """Read the data; the first process alone writes captions, the others read them."""
@@ -221,14 +217,9 @@ class _Run:
             )
 
     def fit(self, task: Task) -> Finished:
-        return fit(
-            task,
-            self.options,
-            self.folder,
-            workers=self.workers,
-            resume=self.resume,
-            tell=self.reporting.tell,
-        )
+        finished = fit(task, self.options, resume=self.resume, tell=self.reporting.tell)
+        self.note()
+        return finished
 
 
 @contextmanager
@@ -261,23 +252,18 @@ def _run(
                     f"{folder}: holds a run that is at step {step}: resume it, or give another "
                     "folder"
                 )
-            if workers.leads:
-                document = {
-                    "diptych": __version__,
-                    "torch": torch.__version__,
-                    "model": str(model),
-                    "data": str(data),
-                    "options": options.as_dict(),
-                }
-                write_whole(folder / "run.json", json.dumps(document, indent=2) + "\n")
-            yield _Run(
-                folder,
-                options,
-                as_device(_device(device)),
-                workers,
-                resume,
-                reporting or Reporting(),
-            )
+            document = {
+                "diptych": __version__,
+                "torch": torch.__version__,
+                "model": str(model),
+                "data": str(data),
+                "options": options.as_dict(),
+            }
+            place = folder, options, as_device(_device(device)), workers
+            run = _Run(*place, resume, reporting or Reporting(), document)
+            if step is None:  # a run that goes on may yet be refused
+                run.note()
+            yield run
     except OSError as error:
         raise BadInput(
             f"{folder}: cannot be written ({error.strerror or error}): make room and resume, or "
@@ -303,7 +289,7 @@ def _device(device: str) -> str:
     return f"cuda:{local}" if device == "cuda" and local is not None else device
 
 
-def _fingerprint(dataset: Dataset, name: str, weights: Any) -> str:
+def _fingerprint(dataset: Dataset, name: str, weights: Mapping[str, Sequence[Path]]) -> str:
     """Return what tells this run's data and beginning from others."""
     sizes = sorted([path.name, path.stat().st_size] for paths in weights.values() for path in paths)
     text = json.dumps([dataset.fingerprint, name, sizes])

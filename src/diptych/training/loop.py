@@ -8,40 +8,36 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diptych.errors import BadInput, DiptychError
 from diptych.training.checkpoints import Checkpoint, Checkpoints
+from diptych.training.guards import Guard
 from diptych.training.journal import Journal
+from diptych.training.memory import HALVES
 from diptych.training.optimizers import (
-    Group,
     learning_rate_factor,
     make_optimizer,
     set_learning_rate,
 )
 from diptych.training.options import TrainOptions
-from diptych.training.parallel import Workers
 from diptych.training.report import write_report
 from diptych.training.state import Average, pack_optimizer, unpack_optimizer
+from diptych.training.stopping import Asked, Stopped, heeding_signals
+from diptych.training.task import Task, Validation
 
-__all__ = ["Finished", "Stopped", "Task", "Validation", "fit"]
+__all__ = ["Finished", "fit"]
 
 logger = logging.getLogger("diptych")
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_MOST_NOT_FINITE = 10  # steps in a row
-_RECENT = 20  # batches whose mean loss tells whether the run diverges
-_RISES = 3  # steps of validation in a row that look like over-fitting
 # What may differ when a run goes on: it changes what is shown or kept, not what is learned.
 _FREE = frozenset(
     {
@@ -64,51 +60,6 @@ _FREE = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Validation:
-    """Hold what held-out data says: `loss`, further numbers, and what is shown beside them.
-
-    The best of several has the highest `merit`.
-    """
-
-    loss: float
-    parts: Mapping[str, float]
-    merit: float
-    shown: Mapping[str, Any] = field(default_factory=dict)
-
-
-class Task(Protocol):
-    """Say what is learned."""
-
-    groups: Sequence[Group]
-    device: torch.device
-    batches_per_epoch: int
-    fingerprint: str
-
-    def rate(self, step: int) -> float:
-        """Return what the learning rate is multiplied by at `step`, for phases of a run."""
-        ...
-
-    def losses(self, number: int, rows: slice) -> Tensor:
-        """Return what each of these rows of batch `number` adds to its loss.
-
-        The loss of the batch is the sum over all its rows, by `train_batch_size`.
-        """
-        ...
-
-    def validate(self) -> Validation | None:
-        """Measure the weights as they are; None where nothing is held out."""
-        ...
-
-    def sample(self, step: int) -> None:
-        """Show what the weights can do."""
-        ...
-
-    def finish(self) -> list[Path]:
-        """Write what was learned, and return the files."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
 class Finished:
     """Hold how a run ended: the files, and the validation losses of its start and its end."""
 
@@ -127,33 +78,23 @@ class Finished:
         return self.end / self.start - 1
 
 
-class Stopped(KeyboardInterrupt):
-    """Report that a run was told to stop, and kept its state at `step`."""
-
-    def __init__(self, step: int, folder: Path) -> None:
-        super().__init__(f"stopped at step {step}: nothing is lost in {folder}")
-        self.step, self.folder = step, folder
-
-
 def fit(
     task: Task,
     options: TrainOptions,
-    folder: Path,
     *,
-    workers: Workers | None = None,
     resume: bool = False,
     tell: Callable[[dict[str, Any]], None] | None = None,
 ) -> Finished:
-    """Train `task` in `folder`, from the last checkpoint there with `resume`.
+    """Train `task` in its folder, from the last checkpoint there with `resume`.
 
     Ctrl-C and SIGTERM end it after the step at hand, with a checkpoint; raises `Stopped` then.
     Raises `BadInput` where the run cannot go on: other settings, a full disk, a loss that is not
     finite. The caller keeps other runs out of the folder.
     """
     with torch.random.fork_rng(devices=[]):
-        run = _Run(task, options, folder, workers or Workers.alone(), resume, tell)
+        run = _Run(task, options, resume, tell)
         try:
-            with _signals() as asked:
+            with heeding_signals() as asked:
                 return run.go(asked)
         finally:
             run.close()
@@ -166,11 +107,10 @@ class _Run:
         self,
         task: Task,
         options: TrainOptions,
-        folder: Path,
-        workers: Workers,
         resume: bool,
         tell: Callable[[dict[str, Any]], None] | None,
     ) -> None:
+        folder, workers = task.place.folder, task.place.workers
         self.task, self.options, self.folder, self.workers = task, options, folder, workers
         self.total = options.max_train_steps
         self.parameters: dict[str, nn.Parameter] = {
@@ -178,22 +118,19 @@ class _Run:
         }
         self.optimizer = make_optimizer(task.groups, options, workers)
         self.average = Average(self, options.ema_decay) if options.ema_decay else None
-        dtype = _DTYPES.get(options.mixed_precision)
+        dtype = HALVES.get(options.mixed_precision)
         self._autocast: Any = (
-            (lambda: torch.autocast(task.device.type, dtype)) if dtype else nullcontext
+            (lambda: torch.autocast(task.place.device.type, dtype)) if dtype else nullcontext
         )
         is_scaled = options.mixed_precision == "fp16"
-        self.scaler = torch.amp.GradScaler(task.device.type, enabled=is_scaled)
+        self.scaler = torch.amp.GradScaler(task.place.device.type, enabled=is_scaled)
         self.checkpoints = Checkpoints(folder / "checkpoints", options.checkpoints_total_limit)
-        self.step, self.not_finite = 0, 0
+        self.step, self.guard = 0, Guard()
         self.start: Validation | None = None
         self.last: Validation | None = None
         self.best: tuple[int, Validation] | None = None
         self.best_tensors: dict[str, Tensor] = {}
-        self.rises = 0
         self.losses: list[float] = []  # since the last line of metrics
-        self.first_loss: float | None = None
-        self.recent: list[float] = []
         self.seen = 0  # pictures, since this process began
         if resume:
             self._resume()
@@ -212,7 +149,7 @@ class _Run:
 
     # --- the loop -----------------------------------------------------------------------------
 
-    def go(self, asked: _Asked) -> Finished:
+    def go(self, asked: Asked) -> Finished:
         options = self.options
         if self.step == 0:
             self.start = self._validate()
@@ -285,44 +222,16 @@ class _Run:
         if is_finite:
             self.scaler.step(self.optimizer)
             self.losses.append(loss)
-            self.not_finite = 0
             if self.average is not None:
                 self.average.update(self)
-            self._watch(loss)
+            self.guard.watch(self.step + 1, loss, self._advice)
         else:
-            self._forgive(loss)
+            scales = self.scaler.is_enabled() and math.isfinite(loss)
+            self.guard.leave_out(self.step + 1, loss, self.norm, self._advice, scales=scales)
         if self.scaler.is_enabled():
             self.scaler.update()
 
-    def _forgive(self, loss: float) -> None:
-        """Leave a step out whose numbers are not finite; too many in a row end the run."""
-        self.not_finite += 1
-        if self.scaler.is_enabled() and math.isfinite(loss):
-            return  # the scaler is looking for its scale
-        logger.warning(
-            "step %d is left out: its loss is %s, its gradient %s", self.step + 1, loss, self.norm
-        )
-        if self.not_finite >= _MOST_NOT_FINITE:
-            raise BadInput(
-                f"loss or gradient were not finite for {self.not_finite} steps up to "
-                f"{self.step + 1}: {self._lower_rate()}"
-            )
-
-    def _watch(self, loss: float) -> None:
-        """End a run whose loss runs away."""
-        self.recent = [*self.recent, loss][-_RECENT:]
-        if len(self.recent) < _RECENT:
-            return
-        mean = sum(self.recent) / _RECENT
-        if self.first_loss is None:
-            self.first_loss = mean
-        if mean > 3 * self.first_loss and mean > self.first_loss + 1:
-            raise BadInput(
-                f"the loss rose from {self.first_loss:.4g} to {mean:.4g} by step {self.step + 1}: "
-                f"{self._lower_rate()}"
-            )
-
-    def _lower_rate(self) -> str:
+    def _advice(self) -> str:
         rate = max(group["peak"] for group in self.optimizer.param_groups)
         kept = self.checkpoints.newest_step()
         whole = "" if kept is None else f"; the checkpoint of step {kept} is whole"
@@ -356,7 +265,7 @@ class _Run:
             "grad_norm": self.norm,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "images_per_s": round(speed, 3),
-            "memory_mb": _memory_mb(self.task.device),
+            "memory_mb": _memory_mb(self.task.place.device),
             "eta_s": round((self.total - self.step) * each / speed) if speed else None,
         }
         if self.workers.leads:
@@ -387,7 +296,7 @@ class _Run:
             },
             **found.shown,
         }
-        if before is not None and self._looks_overfitted(before, found):
+        if before is not None and self.guard.sees_overfitting(before, found, self.best[1]):
             row["warning"] = (
                 f"validation has risen since step {self.best[0]} while training falls: it learns "
                 "the pictures by heart; stop here, or give keep_best"
@@ -397,16 +306,6 @@ class _Run:
             self.journal.write(row)
             write_report(self.folder, self.journal.rows, self.options.as_dict())
         return found
-
-    def _looks_overfitted(self, before: Validation, found: Validation) -> bool:
-        assert self.best is not None
-        self.rises = self.rises + 1 if found.merit < before.merit else 0
-        falls = self.first_loss is None or not self.recent
-        mean = sum(self.recent) / max(1, len(self.recent))
-        falls = falls or (self.first_loss is not None and mean < self.first_loss)
-        best = self.best[1]
-        is_worse = best.merit - found.merit > 0.02 * abs(best.merit)
-        return falls and self.rises >= _RISES and is_worse
 
     def _sample(self) -> None:
         if self.workers.leads:
@@ -460,15 +359,12 @@ class _Run:
     def _progress(self) -> dict[str, Any]:
         return {
             "options": self.options.as_dict(),
-            "data": self.task.fingerprint,
+            "data": self.task.place.fingerprint,
             "start": _as_dict(self.start),
             "last": _as_dict(self.last),
             "best": None if self.best is None else [self.best[0], _as_dict(self.best[1])],
-            "rises": self.rises,
             "losses": self.losses,
-            "first_loss": self.first_loss,
-            "recent": self.recent,
-            "not_finite": self.not_finite,
+            "guard": self.guard.as_dict(),
             "scaler": self.scaler.state_dict(),
             "average_steps": self.average.steps if self.average is not None else 0,
         }
@@ -479,7 +375,7 @@ class _Run:
             return
         said = found.progress
         _check_same(said["options"], self.options.as_dict())
-        if said["data"] != self.task.fingerprint:
+        if said["data"] != self.task.place.fingerprint:
             raise BadInput(
                 f"{self.folder}: the run began with other pictures, captions or weights than are "
                 "there now: put them back, or begin anew in another folder"
@@ -505,8 +401,7 @@ class _Run:
             best = _validation(said["best"][1])
             assert best is not None
             self.best = said["best"][0], best
-        self.rises, self.losses, self.recent = said["rises"], said["losses"], said["recent"]
-        self.first_loss, self.not_finite = said["first_loss"], said["not_finite"]
+        self.losses, self.guard = said["losses"], Guard.from_dict(said["guard"])
         self.scaler.load_state_dict(said["scaler"])
         self.step = found.step
         if self.step > self.total:
@@ -519,7 +414,7 @@ class _Run:
         """Tell whether any process was told to stop: all have to agree."""
         if self.workers.count == 1:
             return to_stop
-        votes = torch.tensor([float(to_stop)], device=self.task.device)
+        votes = torch.tensor([float(to_stop)], device=self.task.place.device)
         self.workers.add_up([votes])
         return float(votes) > 0
 
@@ -580,31 +475,3 @@ def _memory_mb(device: torch.device) -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak >> 20 if sys.platform == "darwin" else peak >> 10)
-
-
-class _Asked:
-    """Remember that somebody asked the run to stop."""
-
-    to_stop = False
-
-
-@contextmanager
-def _signals() -> Iterator[_Asked]:
-    """Turn Ctrl-C and SIGTERM into a wish; a second one ends the run at once."""
-    asked = _Asked()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if asked.to_stop:
-            raise KeyboardInterrupt
-        asked.to_stop = True
-        logger.warning("stopping after this step; once more stops at once")
-
-    old = {each: signal.signal(each, ask) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for each, handler in old.items():
-            signal.signal(each, handler)

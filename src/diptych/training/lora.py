@@ -11,7 +11,9 @@ from torch import nn
 from diptych.errors import BadInput
 from diptych.models.lora import Layer, LowRank, attach, layers
 
-__all__ = ["add_updates", "choose_layers"]
+__all__ = ["DEFAULT_RANK", "add_updates", "choose_layers", "matrices"]
+
+DEFAULT_RANK = 8
 
 # Words for groups of layers: parts of paths, of which one has to occur between dots.
 _GROUPS = {
@@ -79,6 +81,15 @@ def add_updates(
         attach(layer, update)
         made[name, path] = update.float()
     return made
+
+
+def matrices(updates: Mapping[tuple[str, str], LowRank]) -> dict[str, nn.Parameter]:
+    """Return the parameters of all updates, named as PEFT names them."""
+    return {
+        f"{network}.{path}.{kind}": matrix
+        for (network, path), update in updates.items()
+        for kind, matrix in (("lora_A", update.down), ("lora_B", update.up))
+    }
 
 
 def _has(path: str, part: str) -> bool:

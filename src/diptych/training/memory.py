@@ -1,4 +1,4 @@
-"""Trade time for memory: keep fewer activations of a network and compute them again."""
+"""Save memory: numbers of half the size, and activations that are computed twice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["checkpoint_blocks"]
+__all__ = ["HALVES", "checkpoint_blocks"]
+
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the words of `mixed_precision`
 
 
 def checkpoint_blocks(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> int:

@@ -20,7 +20,7 @@ from diptych.errors import BadInput
 from diptych.weights.rename import Dialect, backwards, pieces, reshape
 from diptych.weights.tensors import ITEM_SIZES, SAFETENSORS_NAMES
 
-__all__ = ["Written", "as_target", "dtype_name", "staged", "write_file", "write_tensors"]
+__all__ = ["Written", "as_target", "dtype_name", "staged", "sync", "write_file", "write_tensors"]
 
 _CODES = {name: code for code, name in SAFETENSORS_NAMES.items()}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -144,15 +144,15 @@ def staged(folder: Path) -> Iterator[Path]:
     try:
         yield staging
         if is_new:
-            _sync(staging)
+            sync(staging)
             staging.rename(folder)
         else:
             for path in sorted(path for path in staging.rglob("*") if path.is_file()):
                 target = folder / path.relative_to(staging)
                 target.parent.mkdir(exist_ok=True)
                 path.replace(target)
-            _sync(folder)
-        _sync(folder.parent)
+            sync(folder)
+        sync(folder.parent)
     finally:
         if staging.exists():
             shutil.rmtree(staging, ignore_errors=True)
@@ -172,10 +172,11 @@ def write_file(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
-def _sync(folder: Path) -> None:
-    # Makes the new names durable. Not every system lets a folder be opened.
+def sync(path: Path) -> None:
+    """Bring a file, or the new names in a folder, down to the disk."""
+    # Not every system lets a folder be opened.
     with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:

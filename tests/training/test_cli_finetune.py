@@ -14,22 +14,9 @@ from typer.testing import CliRunner
 from diptych.cli import app
 from diptych.errors import BadInput, DiptychError
 from tiny_models import make_captioner
-from tiny_pipelines import make_pipeline
 from training_pictures import draw_pictures
 
 RUNNER = CliRunner()
-
-
-@pytest.fixture(scope="module")
-def sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "sd1"
-    make_pipeline(folder, "sd1", seed=3)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_pictures(tmp_path_factory.mktemp("data") / "pictures", 12, seed=1)
 
 
 def run(*words: object) -> Any:
