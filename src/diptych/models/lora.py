@@ -35,7 +35,8 @@ class LowRank(nn.Module):
             added = F.conv2d(narrow, self.up)
         else:
             added = F.linear(F.linear(hidden, self.down), self.up)
-        return added * self.scale
+        # A product of whole maps, forwards and backwards, for nothing.
+        return added if self.scale == 1.0 else added * self.scale
 
     def delta(self) -> Tensor:
         """Return what the update adds to the layer's weight, in its shape, in float32."""

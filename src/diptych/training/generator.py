@@ -67,6 +67,8 @@ class GeneratorTask:
         self.model, self.modules, self.options, self.place = model, modules, options, place
         self._unet, self._vae = cast(UNet, modules["unet"]), cast(Vae, modules["vae"])
         _check(model, self._vae, options)
+        # The order in which convolutions read kernels; numbers stay the same.
+        self._unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.schedule = NoiseSchedule(ScheduleConfig(**model.schedule))
         tokenizers = {name: files.open() for name, files in model.tokenizers.items()}
         # Drawn before anything learns.
