@@ -15,9 +15,10 @@ import onnx
 import pytest
 
 from diptych.errors import BadInput, UnsupportedModel, WeightsMismatch
-from diptych.runtimes import on_onnxruntime
+from diptych.runtimes import cores
+from diptych.runtimes.cores import available_cores
 from diptych.runtimes.network import open_networks
-from diptych.runtimes.on_onnxruntime import OnnxDecoder, OnnxEncoder, available_cores
+from diptych.runtimes.on_onnxruntime import OnnxSession
 from diptych.weights.files import describe, verify
 
 Make = Callable[..., Any]
@@ -158,21 +159,21 @@ def test_weights_outside_the_folder_are_refused(own: Path, location: str) -> Non
 
 def test_other_files_are_refused(own: Path) -> None:
     with pytest.raises(UnsupportedModel, match=r"has no input input_ids: it was not exported"):
-        OnnxDecoder(own / "encoder.onnx")
+        OnnxSession(own / "encoder.onnx", "input_ids", keep_memory=True)
     with pytest.raises(UnsupportedModel, match=r"has no input pixel_values"):
-        OnnxEncoder(own / "decoder.onnx")
+        OnnxSession(own / "decoder.onnx", "pixel_values", keep_memory=False)
     (own / "encoder.onnx").write_bytes(b"not a graph")
     with pytest.raises(UnsupportedModel, match=r"cannot be run: .*: export it anew"):
-        OnnxEncoder(own / "encoder.onnx")
+        OnnxSession(own / "encoder.onnx", "pixel_values", keep_memory=False)
     with pytest.raises(UnsupportedModel):
-        OnnxEncoder(own / "gone.onnx")
+        OnnxSession(own / "gone.onnx", "pixel_values", keep_memory=False)
 
 
 def test_cut_weights_are_refused(own: Path) -> None:
     data = own / "encoder.onnx.data"
     data.write_bytes(data.read_bytes()[:5000])
     with pytest.raises(UnsupportedModel):
-        OnnxEncoder(own / "encoder.onnx")
+        OnnxSession(own / "encoder.onnx", "pixel_values", keep_memory=False)
 
 
 def test_changed_graph_is_found_by_its_hash(own: Path) -> None:
@@ -188,15 +189,15 @@ def test_stderr_stays_quiet(own: Path, capfd: pytest.CaptureFixture[str]) -> Non
         opened["encoder"](pixel_values=np.zeros((1, 3, 5, 5), np.float32))
     (own / "encoder.onnx").write_bytes(b"")
     with pytest.raises(UnsupportedModel):
-        OnnxEncoder(own / "encoder.onnx")
+        OnnxSession(own / "encoder.onnx", "pixel_values", keep_memory=False)
     assert capfd.readouterr() == ("", "")
 
 
 def test_cores_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 <= available_cores() <= (os.cpu_count() or 1)
-    monkeypatch.setattr(on_onnxruntime, "_quota", lambda: 1)
+    monkeypatch.setattr(cores, "_quota", lambda: 1)
     assert available_cores() == 1
-    monkeypatch.setattr(on_onnxruntime, "_quota", lambda: 0)
+    monkeypatch.setattr(cores, "_quota", lambda: 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
-    monkeypatch.setattr(on_onnxruntime, "_core", lambda cpu: (str(cpu // 2),))
+    monkeypatch.setattr(cores, "_core", lambda cpu: (str(cpu // 2),))
     assert available_cores() == 2

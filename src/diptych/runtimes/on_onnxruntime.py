@@ -1,227 +1,64 @@
-"""Run the ONNX files of an artifact as networks. Knows neither torch nor onnx."""
+"""Run the ONNX files of an artifact in ONNX Runtime. Knows neither torch nor onnx."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
 import onnxruntime
-from numpy.typing import NDArray
 
-from diptych.errors import BadInput, UnsupportedModel
-from diptych.runtimes.network import GENERATOR_NETWORKS, Network, check_wanted, unet_inputs
+from diptych.errors import UnsupportedModel
+from diptych.runtimes import onnx_networks
+from diptych.runtimes.cores import available_cores
+from diptych.runtimes.network import Network
+from diptych.runtimes.onnx_networks import Floats, explained, unreadable
 
-__all__ = [
-    "OnnxDecoder",
-    "OnnxEncoder",
-    "OnnxNetwork",
-    "available_cores",
-    "open_artifact",
-    "open_generator_files",
-]
-
-Floats = NDArray[np.float32]
+__all__ = ["OnnxSession", "open_artifact", "open_generator_files"]
 
 _ERRORS_ONLY = 3
+_KINDS: Mapping[str, type[np.generic]] = {
+    "tensor(bool)": np.bool_,
+    "tensor(float)": np.float32,
+    "tensor(int64)": np.int64,
+}
 
 
 def open_artifact(files: Mapping[str, Path]) -> dict[str, Network]:
     """Open `encoder` and `decoder`; raises `UnsupportedModel` for files that are none of ours."""
-    # The decoder first: loading its head takes room for a moment that the encoder fills for good.
-    decoder = OnnxDecoder(files["decoder"])
-    return {"encoder": OnnxEncoder(files["encoder"]), "decoder": decoder}
+    return onnx_networks.open_captioner_files(files, OnnxSession)
 
 
 def open_generator_files(
     files: Mapping[str, Path], unet_config: Mapping[str, Any]
 ) -> dict[str, Network]:
     """Prepare the networks of a generator; each file is opened when it is first needed."""
-    networks: dict[str, Network] = {}
-    for name, path in files.items():
-        inputs, outputs = GENERATOR_NETWORKS[name]
-        inputs = unet_inputs(unet_config) if name == "unet" else inputs
-        networks[name] = OnnxNetwork(path, inputs, outputs, keep_memory=name == "unet")
-    return networks
+    return onnx_networks.open_generator_files(files, unet_config, OnnxSession)
 
 
-class OnnxEncoder:
-    """Turn `pixel_values` [B, C, H, W] into what the decoder takes of the picture."""
+class OnnxSession:
+    """Run one ONNX file in ONNX Runtime, as `Session` says.
 
-    def __init__(self, path: Path) -> None:
-        # It runs once a picture: what it works in is better given back than kept for the next.
-        self._session = Session(path, "pixel_values", keep_memory=False)
-        shapes = self._session.outputs
-        self.inputs = {"pixel_values": "B C H W"}
-        self.outputs = (
-            {"prefix_embeds": "B P D"}
-            if "prefix_embeds" in shapes
-            else {"cross_key_values": "L 2 B heads P d"}
-        )
-        self._layers = _count(shapes, "cross_key_")
-        wanted = "prefix_embeds" if "prefix_embeds" in shapes else "cross_key_0"
-        self._shape = self._session.shape(wanted)[1:]
-
-    def __call__(self, wanted: Sequence[str] | None = None, /, **arrays: Any) -> tuple[Any, ...]:
-        check_wanted(wanted, self.outputs)
-        pixels = np.ascontiguousarray(arrays["pixel_values"], np.float32)
-        prefix = "prefix_embeds" in self.outputs
-        shape = (len(pixels), *self._shape)
-        bridged = np.empty(shape if prefix else (self._layers, 2, *shape), np.float32)
-        # One by one: a picture is work enough for all cores, and memory does not grow with B.
-        for row in range(len(pixels)):
-            own = slice(row, row + 1)
-            outputs = (
-                {"prefix_embeds": bridged[own]}
-                if prefix
-                else {
-                    f"cross_{part}_{layer}": bridged[layer, index, own]
-                    for layer in range(self._layers)
-                    for index, part in enumerate(("key", "value"))
-                }
-            )
-            self._session.run({"pixel_values": pixels[own]}, outputs)
-        return (bridged,)
-
-
-class OnnxDecoder:
-    """Run one step of the decoder; the rows N are B pictures times the beams of each."""
-
-    def __init__(self, path: Path) -> None:
-        self._session = Session(path, "input_ids", keep_memory=True)
-        self._bridge = (
-            "prefix_embeds" if "prefix_embeds" in self._session.inputs else "cross_key_values"
-        )
-        self.inputs = {
-            "input_ids": "N T",
-            "past_key_values": "L 2 N heads S d",
-            self._bridge: "N P D" if self._bridge == "prefix_embeds" else "L 2 B heads P d",
-        }
-        self.outputs = {
-            "logits": "N V",
-            "present_key_values": "L 2 N heads S+T d",
-            "image_attention": "N T P",
-        }
-        self._layers = _count(self._session.outputs, "present_key_")
-        _, self._heads, _, self._head_size = self._session.shape("past_key_0")
-        self._vocab_size = self._session.shape("logits")[1]
-        self._image_tokens = self._session.shape("image_attention")[2]
-        self._straight: tuple[Any, Any] = (None, None)
-
-    def __call__(self, wanted: Sequence[str] | None = None, /, **arrays: Any) -> tuple[Any, ...]:
-        names = check_wanted(wanted, self.outputs)
-        input_ids = np.ascontiguousarray(arrays["input_ids"], np.int64)
-        rows, words = input_ids.shape
-        past = arrays.get("past_key_values")
-        if past is None:
-            shape = (self._layers, 2, rows, self._heads, 0, self._head_size)
-            past = np.empty(shape, np.float32)
-        inputs = {"input_ids": input_ids, "look": np.array("image_attention" in names)}
-        inputs |= self._split("past", np.ascontiguousarray(past))
-        total = past.shape[4] + words
-        if self._bridge == "prefix_embeds":
-            prefix = arrays.get("prefix_embeds")
-            if prefix is None:
-                prefix = np.empty((rows, 0, self._heads * self._head_size), np.float32)
-            inputs["prefix_embeds"] = np.ascontiguousarray(prefix, np.float32)
-            total += prefix.shape[1]
-        else:
-            inputs |= self._split("cross", self._straighten(arrays["cross_key_values"]))
-        shapes = {
-            "logits": (rows, self._vocab_size),
-            "present_key_values": (self._layers, 2, rows, self._heads, total, self._head_size),
-            "image_attention": (rows, words, self._image_tokens),
-        }
-        made = {name: np.empty(shapes[name], np.float32) for name in names}
-        outputs = {name: array for name, array in made.items() if name != "present_key_values"}
-        if "present_key_values" in made:
-            outputs |= self._split("present", made["present_key_values"])
-        self._session.run(inputs, outputs)
-        return tuple(made[name] for name in names)
-
-    def _split(self, name: str, whole: Floats) -> dict[str, Floats]:
-        """Name the slices of a cache [L, 2, …] as the graph does; nothing is copied."""
-        return {
-            f"{name}_{part}_{layer}": whole[layer, index]
-            for layer in range(self._layers)
-            for index, part in enumerate(("key", "value"))
-        }
-
-    def _straighten(self, cross: Any) -> Floats:
-        """Return `cross_key_values` in C order; gathered pictures come in another one.
-
-        Remembers the last, which is the same array in every step of a caption.
-        """
-        if cross.flags.c_contiguous:
-            straight: Floats = cross
-            return straight
-        given, straight = self._straight
-        if given is not cross:
-            straight = np.ascontiguousarray(cross)
-            self._straight = (cross, straight)
-        return straight
-
-
-class OnnxNetwork:
-    """Run one network of a generator: NumPy float32 in and out, however its weights are stored.
-
-    The file is opened by the first call: who starts from words never waits for the encoder of
-    pictures.
+    `weights` stand in place of those in the file that have their names.
     """
 
     def __init__(
         self,
         path: Path,
-        inputs: Mapping[str, str],
-        outputs: Mapping[str, str],
+        needed: str,
         *,
         keep_memory: bool,
+        weights: Mapping[str, Floats] | None = None,
     ) -> None:
-        self.inputs, self.outputs = dict(inputs), dict(outputs)
-        self._path, self._keep_memory = path, keep_memory
-        self._session: Session | None = None
-        self._opening = Lock()
-
-    def __call__(self, wanted: Sequence[str] | None = None, /, **arrays: Any) -> tuple[Any, ...]:
-        names = check_wanted(wanted, self.outputs)
-        session = self._open()
-        if missing := [name for name in self.inputs if arrays.get(name) is None]:
-            raise BadInput(f"{self._path.name} needs {missing[0]}, which was not given")
-        given: dict[str, Any] = {"clip_skip": 0, **arrays}
-        if (
-            unknown := arrays.keys()
-            - session.kinds.keys()
-            - session.optional.keys()
-            - {"clip_skip"}
-        ):
-            raise UnsupportedModel(
-                f"{self._path} has no input {min(unknown)}: export the model anew, or load it with "
-                "runtime='torch'"
-            )
-        feed = {
-            name: np.asarray(given[name], np.int64 if kind == "tensor(int64)" else np.float32)
-            for name, kind in {**session.kinds, **session.optional}.items()
-            if name in session.kinds or name in given
-        }
-        return session.compute(feed, names)
-
-    def _open(self) -> Session:
-        with self._opening:
-            if self._session is None:
-                needed = next(iter(self.inputs))
-                self._session = Session(self._path, needed, keep_memory=self._keep_memory)
-            return self._session
-
-
-class Session:
-    """Run one ONNX file into arrays that the caller provides."""
-
-    def __init__(self, path: Path, needed: str, *, keep_memory: bool) -> None:
         options = _options()
+        # The runtime borrows them: they live as long as it does.
+        self._weights = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(array)
+            for name, array in (weights or {}).items()
+        }
+        for name, value in self._weights.items():
+            options.add_initializer(name, value)
         options.enable_cpu_mem_arena = keep_memory
         try:
             self._session = onnxruntime.InferenceSession(
@@ -232,15 +69,15 @@ class Session:
                 disabled_optimizers=["SkipLayerNormFusion"],
             )
         except Exception as error:  # onnxruntime has a dozen classes for it, under Exception
-            reason = " ".join(str(error).split())[:300]
-            raise UnsupportedModel(f"{path} cannot be run: {reason}: export it anew") from error
-        self.inputs = {each.name: tuple(each.shape) for each in self._session.get_inputs()}
-        self.outputs = {each.name: tuple(each.shape) for each in self._session.get_outputs()}
-        self.kinds = {each.name: each.type for each in self._session.get_inputs()}
+            raise unreadable(path, error) from error
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        self.kinds = {each.name: _kind(each) for each in inputs}
         self.optional = {
-            each.name: each.type for each in self._session.get_overridable_initializers()
+            each.name: _kind(each) for each in self._session.get_overridable_initializers()
         }
-        if needed not in self.inputs:
+        self.outputs = tuple(each.name for each in outputs)
+        self._shapes = {each.name: tuple(each.shape) for each in (*outputs, *inputs)}
+        if needed not in self.kinds:
             raise UnsupportedModel(f"{path} has no input {needed}: it was not exported by diptych")
         self._run_options = onnxruntime.RunOptions()
         self._run_options.log_severity_level = _ERRORS_ONLY
@@ -248,10 +85,9 @@ class Session:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the declared shape of an input or output; 0 stands for a size that varies."""
-        found = self.inputs.get(name) or self.outputs.get(name)
-        if found is None:
+        if name not in self._shapes:
             raise UnsupportedModel(f"{self._path} has no {name}: it was not exported by diptych")
-        return tuple(size if isinstance(size, int) else 0 for size in found)
+        return tuple(size if isinstance(size, int) else 0 for size in self._shapes[name])
 
     def run(self, inputs: Mapping[str, Any], outputs: Mapping[str, Floats]) -> None:
         """Compute `outputs` in place; all arrays are in C order."""
@@ -261,53 +97,17 @@ class Session:
         for name, array in outputs.items():
             address = array.ctypes.data
             binding.bind_output(name, "cpu", 0, np.float32, array.shape, address)
-        with self._explained(inputs):
+        with explained(self._path, inputs):
             self._session.run_with_iobinding(binding, self._run_options)
 
     def compute(self, inputs: Mapping[str, Any], names: Sequence[str]) -> tuple[Floats, ...]:
         """Return the outputs in `names`, of sizes that only the run tells."""
-        with self._explained(inputs):
+        with explained(self._path, inputs):
             return tuple(self._session.run([*names], {**inputs}, self._run_options))
 
-    @contextmanager
-    def _explained(self, inputs: Mapping[str, Any]) -> Iterator[None]:
-        """Turn what ONNX Runtime raises into one sentence with the shapes that were given."""
-        try:
-            yield
-        except Exception as error:
-            reason = " ".join(str(error).split())[:300]
-            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in inputs.items())
-            raise BadInput(
-                f"{self._path.name} cannot be run on {shapes[:200]}: {reason}"
-            ) from error
 
-
-def available_cores() -> int:
-    """Count the physical cores this process may use: affinity, control group and siblings."""
-    if hasattr(os, "sched_getaffinity"):
-        usable = sorted(os.sched_getaffinity(0))
-    else:
-        usable = list(range(os.cpu_count() or 1))
-    cores = {_core(cpu) for cpu in usable}
-    return max(1, min(len(cores), _quota() or len(cores)))
-
-
-def _core(cpu: int) -> tuple[str, ...]:
-    """Name the physical core of a logical one, where Linux tells."""
-    topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
-    try:
-        return tuple((topology / name).read_text() for name in ("physical_package_id", "core_id"))
-    except OSError:
-        return (str(cpu),)
-
-
-def _quota() -> int:
-    """Return how many cores the control group allows, 0 for no limit that can be read."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return 0 if quota == "max" else max(1, round(int(quota) / int(period)))
-    except (OSError, ValueError):
-        return 0
+def _kind(value: Any) -> type[np.generic]:
+    return _KINDS.get(value.type, np.float32)
 
 
 def _options() -> onnxruntime.SessionOptions:
@@ -318,7 +118,3 @@ def _options() -> onnxruntime.SessionOptions:
     # busy while the other works (a third of the time of a caption on two cores).
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
-
-
-def _count(names: Mapping[str, Any], start: str) -> int:
-    return sum(name.startswith(start) for name in names)
