@@ -166,6 +166,28 @@ def test_without_guidance_the_negative_is_not_run(scale: float) -> None:
     assert [len(call["latents"]) for call in unet.calls] == [2, 2]
 
 
+@pytest.mark.parametrize("sampler", ["euler", "ddim", "heun", "lcm"])
+def test_outside_of_its_interval_nothing_is_guided(sampler: str) -> None:
+    unet, steps = FakeUnet(), steps_of(sampler, 10)
+    words = {"negative": context(2), "guidance_scale": 7.5}
+    denoise = build_denoiser(unet, steps, context(1), guidance_interval=(0.25, 0.65), **words)
+    guided = build_denoiser(FakeUnet(), steps, context(1), **words)
+    plain = build_denoiser(FakeUnet(), steps, context(1))
+    for sigma, timestep in zip(steps.sigmas[:-1], steps.timesteps, strict=True):
+        is_inside = 0.25 <= 1 - (timestep + 1) / 1000 <= 0.65
+        expected = (guided if is_inside else plain)(normal(0), sigma)
+        assert np.array_equal(denoise(normal(0), sigma), expected)
+        assert len(unet.calls[-1]["latents"]) == (4 if is_inside else 2)
+    assert {len(call["latents"]) for call in unet.calls} == {2, 4}
+
+
+@pytest.mark.parametrize("sampler", [n for n in SAMPLER_NAMES if n != "ddim_inversion"])
+def test_the_whole_interval_is_every_step(sampler: str) -> None:
+    for spacing in (None, "leading", "trailing", "linspace"):
+        steps = NoiseSchedule(ScheduleConfig()).steps(sampler, 7, spacing=spacing)
+        assert all(0 <= steps.done(sigma) <= 1 for sigma in steps.sigmas)
+
+
 def test_torch_and_numpy_are_guided_alike() -> None:
     def as_torch(arrays: dict[str, Any]) -> dict[str, Any]:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -47,6 +47,23 @@ def test_guidance_pushes_away_from_the_negative_prompt(generator: ImageGenerator
     assert mean_colour(unguided) == pytest.approx((0, 0, 0), abs=0.03)
 
 
+def test_guidance_may_hold_for_a_part_of_the_way() -> None:
+    generator = noisy()
+    words = {"seed": 3, "guidance_scale": 4.0, "num_inference_steps": 10}
+    plain = generator.generate("red", **words)
+    whole = generator.generate("red", guidance_interval=(0, 1), **words)
+    assert whole.options.guidance_interval == "0,1"
+    assert whole.image.tobytes() == plain.image.tobytes()
+    unet = generator.networks["unet"]
+    unet.calls.clear()
+    some = generator.generate("red", guidance_interval="0.3,0.6", **words)
+    rows = [len(call["latents"]) for call in unet.calls]
+    assert sorted(rows) == [1] * 7 + [2] * 3 and rows[:3] == [1] * 3 and rows[3:6] == [2] * 3
+    assert some.image.tobytes() != plain.image.tobytes()
+    with pytest.raises(BadInput, match="guidance_interval is not for style_transfer"):
+        generator.style_transfer(some.image, some.image, guidance_interval="0.3,0.6")
+
+
 def test_one_prompt_gives_one_picture_and_a_list_gives_a_list(generator: ImageGenerator) -> None:
     assert isinstance(generator.generate("red"), GeneratedImage)
     several = generator.generate(["red", "blue"])

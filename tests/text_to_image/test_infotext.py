@@ -172,6 +172,7 @@ OPTIONS = st.builds(
     clip_skip=maybe(st.integers(0, 30)),
     guidance_rescale=maybe(st.floats(0, 1)),
     eta=maybe(st.floats(0, 2)),
+    guidance_interval=maybe(st.floats(0, 0.5).map(lambda low: f"{low},{low + 0.5}")),
     strength=maybe(st.floats(0, 1)),
     parse_weights=st.booleans(),
     noise_source=st.sampled_from(NOISE_SOURCES),

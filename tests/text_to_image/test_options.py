@@ -24,7 +24,7 @@ from diptych.text_to_image.options import (
 )
 
 FIELDS = {field.name: field for field in dataclasses.fields(GenerateOptions)}
-MAY_STAY_OPEN = {"negative_prompt", "timestep_spacing", "eta", "strength"}
+MAY_STAY_OPEN = {"negative_prompt", "timestep_spacing", "guidance_interval", "eta", "strength"}
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -81,6 +81,11 @@ def test_choices_are_those_that_run() -> None:
         ("schedule", "ays", "schedule is 'ays': give one of 'normal', 'karras'"),
         ("clip_skip", -1, "give a whole number from 0"),
         ("strength", 1.01, "strength is 1.01: give a number from 0 to 1."),
+        ("guidance_interval", "0.8,0.2", "guidance_interval is '0.8,0.2': give two numbers from 0"),
+        ("guidance_interval", "0.2", "as in 0.2,0.8"),
+        ("guidance_interval", "a,b", "as in 0.2,0.8"),
+        ("guidance_interval", "0,nan", "as in 0.2,0.8"),
+        ("guidance_interval", "0,1.5", "as in 0.2,0.8"),
         ("negative_prompt", 3, "negative_prompt is 3: give a text."),
         ("negative_prompt", ["a"], "give a text"),
         ("parse_weights", 1, "parse_weights is 1: give True or False."),

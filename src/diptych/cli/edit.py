@@ -88,7 +88,7 @@ def inpaint(
 # What only chance and other samplers would need.
 NOT_OF_STYLE = (
     *("strength", "num_inference_steps", "seed", "num_images_per_prompt", "sampler", "schedule"),
-    *("timestep_spacing", "eta", "noise_source", "guidance_rescale"),
+    *("timestep_spacing", "eta", "noise_source", "guidance_rescale", "guidance_interval"),
 )
 
 

@@ -38,6 +38,9 @@ __all__ = ["Calls", "Images"]
 Options = TypeVar("Options", bound=GenerateOptions)
 Images = ImageInput | Sequence[ImageInput] | Iterator[ImageInput]
 
+# It guides three rows of its own, each step as the one before.
+_NOT_OF_STYLE = ("guidance_interval",)
+
 
 class Calls:
     """Turn the arguments of `ImageGenerator` into calls that a painter carries out."""
@@ -161,6 +164,8 @@ class Calls:
         if not isinstance(overrides.get("layers"), str | None):
             overrides["layers"] = ",".join(map(str, overrides["layers"]))
         asked = self._asked(StyleOptions, options, overrides)
+        if word := next((word for word in _NOT_OF_STYLE if getattr(asked, word) is not None), None):
+            raise BadInput(f"{word} is not for style_transfer: leave it out")
         chosen = {"sampler": "ddim", "num_inference_steps": asked.num_inversion_steps}
         asked = asked.replace(**chosen, seed=0, num_images_per_prompt=1, strength=1.0)
         asked.chosen_layers(*style_layers(self._model.configs["unet"]))
@@ -188,6 +193,9 @@ class Calls:
             raise BadInput(
                 f"options is {options!r}: give {kind.__name__}(…), or its words by keyword"
             )
+        if isinstance(overrides.get("guidance_interval"), tuple | list):
+            interval = ",".join(map(str, overrides["guidance_interval"]))
+            overrides = {**overrides, "guidance_interval": interval}
         return kind.of(options).replace(**overrides)
 
     def _check(self, resolved: GenerateOptions, batch_size: int | None, on_error: str) -> None:

@@ -49,6 +49,7 @@ def build_denoiser(
     prediction_type: str = "epsilon",
     guidance_scale: float = 1.0,
     guidance_rescale: float = 0.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     one_by_one: bool = False,
     extra: Sequence[Array] = (),
 ) -> Denoise:
@@ -60,7 +61,10 @@ def build_denoiser(
     eps = EpsDenoiser(unet, steps, conditioning, prediction_type, extra)
     denoise: Denoise = eps
     if negative is not None and guidance_scale > 1:
-        denoise = Guided(eps, negative, guidance_scale, guidance_rescale, one_by_one=one_by_one)
+        denoise = Guided(
+            *(eps, negative, guidance_scale, guidance_rescale, guidance_interval),
+            one_by_one=one_by_one,
+        )
     return Consistency(denoise, steps) if steps.sampler == "lcm" else denoise
 
 
@@ -154,7 +158,9 @@ class Guided:
     run in one call of 2B rows; `one_by_one` needs half the memory, and rows of different lengths
     run that way too. `guidance_scale` <= 1 makes no call for the negative prompt.
     `guidance_rescale` > 0 takes the standard deviation back to that without guidance, by that
-    part (Lin et al. 2023, section 3.4).
+    part (Lin et al. 2023, section 3.4). Outside of `guidance_interval`, shares of the way from
+    noise to picture with both ends included, there is no guidance and no call for it
+    (Kynkäänniemi et al. 2024).
     """
 
     def __init__(
@@ -163,10 +169,12 @@ class Guided:
         negative: Mapping[str, Array],
         guidance_scale: float,
         guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         *,
         one_by_one: bool = False,
     ) -> None:
         self.denoiser = denoiser
+        self.guidance_interval = guidance_interval
         self.guidance_scale = guidance_scale
         self.guidance_rescale = guidance_rescale
         self._negative = dict(negative)
@@ -179,7 +187,8 @@ class Guided:
             }
 
     def __call__(self, latents: Array, sigma: float) -> Array:
-        if self.guidance_scale <= 1:
+        low, high = self.guidance_interval
+        if self.guidance_scale <= 1 or not low <= self.denoiser.steps.done(sigma) <= high:
             return self.denoiser(latents, sigma)
         negative, positive = self._predict_both(latents, sigma)
         output = negative + (positive - negative) * self.guidance_scale

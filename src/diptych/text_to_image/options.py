@@ -32,6 +32,7 @@ __all__ = [
     "ImageToImageOptions",
     "InpaintOptions",
     "MaskedOptions",
+    "parse_interval",
     "parse_sides",
     "size_notes",
 ]
@@ -128,6 +129,9 @@ class GenerateOptions:
         float, "How far guidance may not raise the contrast; 0 is off.",
         library=0.0, low=0.0, high=1.0,
     )  # fmt: skip
+    guidance_interval: str | None = option(
+        str, "Part of the way from noise to picture that is guided, as in 0.2,0.8; none is all.",
+    )  # fmt: skip
     eta: float | None = option(
         float, "Noise renewed at each step; none is the sampler's own.", low=0.0, high=2.0
     )
@@ -153,6 +157,8 @@ class GenerateOptions:
     def check(self) -> None:
         """Raise BadInput for a value out of range; those still None wait for `resolve`."""
         check_values(self)
+        if self.guidance_interval is not None:
+            parse_interval(self.guidance_interval)
         if self.seed is not None and self.seed + self.num_images_per_prompt > 2**64:
             raise BadInput(
                 f"seed is {self.seed}, and {self.num_images_per_prompt} pictures count up from it "
@@ -183,8 +189,8 @@ class GenerateOptions:
 
         Width and height are rounded to a multiple of `multiple_of` (pixels to a latent), with a
         note in the log; a seed left open is drawn. Only `negative_prompt`, `timestep_spacing`,
-        `eta`, `strength`, `padding_mask_crop` and `extend` may still be None, which has a meaning
-        there. Resolving again changes nothing.
+        `guidance_interval`, `eta`, `strength`, `padding_mask_crop` and `extend` may still be None,
+        which has a meaning there. Resolving again changes nothing.
         Raises BadInput where a default cannot be used.
         """
         asked = {name: value for name, value in values(self).items() if value is not None}
@@ -300,6 +306,19 @@ def size_notes(asked: GenerateOptions, resolved: GenerateOptions) -> tuple[str, 
         for side in ("width", "height")
         if (wanted := getattr(asked, side)) not in (None, made := getattr(resolved, side))
     )
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+    """Read `0.2,0.8`, two shares from 0 to 1 that rise; raises BadInput for anything else."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 <= low < high <= 1:
+        raise BadInput(
+            f"guidance_interval is {text!r}: give two numbers from 0 to 1 that rise, as in 0.2,0.8"
+        )
+    return low, high
 
 
 def parse_sides(text: str) -> dict[str, int]:

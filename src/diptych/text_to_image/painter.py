@@ -23,7 +23,7 @@ from diptych.text_to_image.denoiser import (
     guidance_embedding,
 )
 from diptych.text_to_image.generated_image import GeneratedImage
-from diptych.text_to_image.options import GenerateOptions
+from diptych.text_to_image.options import GenerateOptions, parse_interval
 from diptych.text_to_image.orders import Order, Source
 from diptych.text_to_image.previews import DenoisingStep
 from diptych.text_to_image.prompts import PromptPair, encode_prompts
@@ -284,6 +284,7 @@ class Painter:
             prediction_type=self._schedule.config.prediction_type,
             guidance_scale=options.guidance_scale or 0.0,
             guidance_rescale=options.guidance_rescale or 0.0,
+            guidance_interval=parse_interval(options.guidance_interval or "0,1"),
             extra=extra,
         )
 

@@ -106,6 +106,10 @@ class Steps:
         found = self._grid.get(sigma)
         return _to_timestep(sigma, self.log_sigmas) if found is None else found
 
+    def done(self, sigma: float) -> float:
+        """Return the share of the trained timesteps that lie before `sigma`: 0 at pure noise."""
+        return max(0.0, 1 - (self.timestep(sigma) + 1) / len(self.log_sigmas))
+
     def after(self, strength: float) -> Steps:
         """Return the last int(N · `strength`) steps: image-to-image starts there, as in diffusers.
 
