@@ -5,6 +5,7 @@ DiptychError            what happened, which value, what to do
 ├── UnknownModel        no such model here, in the cache or on the hub
 ├── UnsupportedModel    a model was found, of a kind diptych does not run
 ├── WeightsMismatch     the tensors in a file do not fill the network, or fill it twice
+├── QualityLoss         a smaller model is worse than was asked for
 ├── BadInput            an option, a file name or a combination of them cannot be used
 │   └── BadImage        a picture cannot be read
 └── MissingExtra        an optional install is needed; carries the command
@@ -21,6 +22,7 @@ __all__ = [
     "BadInput",
     "DiptychError",
     "MissingExtra",
+    "QualityLoss",
     "UnknownModel",
     "UnsupportedModel",
     "WeightsMismatch",
@@ -41,6 +43,10 @@ class UnsupportedModel(DiptychError):
 
 class WeightsMismatch(DiptychError):
     """Report tensors that do not fit the network they are meant for."""
+
+
+class QualityLoss(DiptychError):
+    """Report a smaller model that falls under its bound of quality."""
 
 
 class BadInput(DiptychError, ValueError):

@@ -62,6 +62,11 @@ class Gpt2Tokenizer:
         """Count the tokens, special ones included."""
         return self._tokenizer.get_vocab_size()
 
+    def to_json(self) -> str:
+        """Return the content of a `tokenizer.json`."""
+        document: str = self._tokenizer.to_str()
+        return document
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without special tokens."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -100,9 +100,10 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
     After the fixture that seeds, which gives torch two.
     """
-    from diptych.runtimes import on_onnxruntime
+    from diptych.runtimes import on_onnxruntime, on_openvino
 
-    monkeypatch.setattr(on_onnxruntime, "available_cores", lambda: 1)
+    for runtime in (on_onnxruntime, on_openvino):
+        monkeypatch.setattr(runtime, "available_cores", lambda: 1)
     torch.set_num_threads(1)
 
 
@@ -151,7 +152,7 @@ def artifacts(
     home, done = tmp_path_factory.mktemp("artifacts"), set()
 
     def find(variant: str) -> Path:
-        from diptych.runtimes import quantize
+        from diptych.runtimes import quantize, smaller_captioner
 
         folder = home / variant
         if variant not in done:
@@ -159,8 +160,9 @@ def artifacts(
             with pytest.MonkeyPatch.context() as patch:
                 # As for a vocabulary of full size; a tiny one would stay in half precision.
                 patch.setattr(quantize, "_FEW_WORDS", 0)
-                quantize.quantize_captioner(
-                    folder / "fp32", folder / "int8", images=make_pictures(8)
+                patch.setattr(smaller_captioner, "_WANTED_IDENTICAL", 0)  # no sweep
+                smaller_captioner.quantize_captioner(
+                    folder / "fp32", folder / "int8", images=make_pictures(8), force=True
                 )
             done.add(variant)
         return folder

@@ -16,7 +16,7 @@ import torch
 from diptych.models.vision_encoder_decoder import VisionEncoderDecoder, VisionEncoderDecoderConfig
 from diptych.runtimes.agreement import greedy_tokens, pictures_for
 from diptych.runtimes.network import open_networks
-from diptych.runtimes.quantize import quantize_captioner
+from diptych.runtimes.smaller_captioner import quantize_captioner
 from diptych.weights.files import describe
 
 pytestmark = pytest.mark.slow

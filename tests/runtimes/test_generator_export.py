@@ -204,9 +204,9 @@ def test_a_changed_file_is_found(made: Callable[[str], Path], tmp_path: Path) ->
 
 def test_what_cannot_be_exported(made: Callable[[str], Path], tmp_path: Path) -> None:
     folder = made("diptych")
-    with pytest.raises(BadInput, match="quantize is 'int4': give fp16 or int8"):
-        diptych.export(folder / "checkpoint", tmp_path / "out", quantize="int4")
-    with pytest.raises(BadInput, match="draws pictures: leave images out"):
+    with pytest.raises(BadInput, match="quantize is 'int3': give fp16, int8 or int4"):
+        diptych.export(folder / "checkpoint", tmp_path / "out", quantize="int3")
+    with pytest.raises(BadInput, match="draws pictures: leave images, words and profile out"):
         diptych.export(folder / "checkpoint", tmp_path / "out", images=["a.png"])
     with pytest.raises(BadInput, match="task is 'words'"):
         diptych.export(folder / "checkpoint", tmp_path / "out", task="words")

@@ -11,37 +11,88 @@ import typer
 
 from diptych.cli.flags import Output, Revision
 from diptych.cli.terminal import Format, complain
+from diptych.errors import BadInput
 
 __all__ = ["export", "models"]
+
+_COMPARED = 32  # pictures of the references whose tokens are compared, too
 
 
 def export(
     model: Annotated[str, typer.Argument(help="Name, folder or hub id of a model.")],
-    folder: Annotated[Path, typer.Argument(help="Where to write the ONNX files.")],
+    folder: Annotated[Path, typer.Argument(help="Where to write the ONNX files: a new folder.")],
     quantize: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="int8, for a quarter of the size; a generator also takes fp16."),
+        typer.Option(help="fp16, int8 or int4: half, a quarter or an eighth of the bytes."),
+    ] = None,
+    profile: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="edge: a captioner under 100 MB, int4 with the words captions use."),
     ] = None,
     task: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="image-to-text or text-to-image, where the name alone does not say it."),
+        typer.Option(
+            "--task",
+            "--panel",
+            help="image-to-text or text-to-image, where the name alone does not say it.",
+        ),
     ] = None,
     images: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="Pictures on which to compare captions; files, folders or globs."),
     ] = None,
+    references: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="JSON lines of pictures with captions, as for `evaluate captions`: CIDEr-D before "
+            "and after, and a bound on its loss."
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Only rows of this split of --references.")] = "",
+    words: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Text whose words the edge profile keeps, in place of its own."),
+    ] = None,
     revision: Revision = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Keep an export under its bound; replace files in a folder."),
+    ] = False,
 ) -> None:
     """Write a model as ONNX files that run without torch, and compare what both make."""
     from diptych.inputs import find_pictures
     from diptych.runtimes.conversion import export as export_any
 
+    judge = None
     sources = [each.source for each in find_pictures(images)] if images else None
+    if references is not None:
+        from diptych.evaluation.captions import read_references
+        from diptych.evaluation.exported import caption_judge
+
+        described = read_references(references, split=split)
+        judge = caption_judge(described, force=force)
+        sources = sources or [each.path for each in described[:_COMPARED]]
     found = export_any(
-        model, folder, task=task, quantize=quantize, images=sources, revision=revision
+        model,
+        folder,
+        task=task,
+        quantize=quantize,
+        profile=profile,
+        images=sources,
+        words=None if words is None else _words_in(words),
+        revision=revision,
+        force=force,
+        judge=judge,
     )
     print(json.dumps(found, indent=2))
     complain(f"written to {folder}")
+
+
+def _words_in(path: Path) -> list[str]:
+    try:
+        return path.read_text("utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read: give a text file in UTF-8") from error
 
 
 def models(format: Output = Format.text) -> None:

@@ -17,7 +17,7 @@ from diptych.image_to_text.caption import WORD, Caption, Reading, View
 from diptych.image_to_text.options import CaptionOptions, SearchOptions
 from diptych.images import Alpha, ImageInput, ImageLimits, Preprocessing, preprocess
 from diptych.runtimes.conversion import export_model
-from diptych.runtimes.network import Network, OpenNetworks, gather_rows, open_networks
+from diptych.runtimes.network import BRIDGED, Network, OpenNetworks, gather_rows, open_networks
 from diptych.text import Gpt2Tokenizer
 from diptych.weights.files import ModelFolder
 from diptych.weights.hub import resolve
@@ -221,13 +221,16 @@ class Captioner:
         *,
         quantize: str | None = None,
         images: Sequence[ImageInput] | None = None,
+        force: bool = False,
     ) -> dict[str, Any]:
         """Write the model as ONNX graphs that run without torch, and compare the words of both.
 
-        `quantize` is None or "int8". `images` are pictures to compare on; without them seeded
-        ones are made. Returns the content of `export.json`. Needs the export extra.
+        `quantize` is None, "fp16", "int8" or "int4". `images` are pictures to compare on; without
+        them seeded ones are made. Returns the content of `export.json`. Raises `BadInput` for a
+        folder that is not empty and `QualityLoss` for too great a loss, unless `force`. Needs the
+        export extra.
         """
-        return export_model(self.model, folder, quantize=quantize, images=images)
+        return export_model(self.model, folder, quantize=quantize, images=images, force=force)
 
     # Hops of a caption ------------------------------------------------------------------------
 
@@ -376,7 +379,7 @@ class Captioner:
             ("image_attention",),
             input_ids=np.array([[self._start, *written[:-1]]], np.int64),
             past_key_values=None,
-            **{_BRIDGED[bridge]: bridged},
+            **{BRIDGED[bridge]: bridged},
         )
         patches = _patch_grid(self.model)
         weights = np.asarray(seen, np.float32)[0, chosen].mean(0)
@@ -412,14 +415,11 @@ def caption(
     return Captioner.load(model).caption(images, **options)
 
 
-_BRIDGED = {"cross-attention": "cross_key_values", "prefix": "prefix_embeds"}
-
-
 class _Step:
     """Run the decoder behind `decoding.Step`: hold the cache, gather it by parents."""
 
     def __init__(self, decoder: Network, bridge: str, bridged: Any) -> None:
-        self.decoder, self.name, self.bridged = decoder, _BRIDGED[bridge], bridged
+        self.decoder, self.name, self.bridged = decoder, BRIDGED[bridge], bridged
         self.past: Any = None
         self.rows_per_image = 1
         self.images = 0

@@ -13,13 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diptych.errors import BadInput
-from diptych.runtimes.network import Network
+from diptych.runtimes.network import BRIDGED, Network
 
 __all__ = ["Pixels", "compare_tensors", "compare_tokens", "greedy_tokens", "pictures_for"]
 
 Pixels = NDArray[np.float32]
 
-_BRIDGED = {"cross-attention": "cross_key_values", "prefix": "prefix_embeds"}
 _BATCH = 8
 
 
@@ -31,7 +30,7 @@ def greedy_tokens(
     max_new_tokens: int = 16,
 ) -> list[list[int]]:
     """Return the likeliest next words of each picture [C, H, W], up to the end token."""
-    bridge = _BRIDGED[config["bridge"]]
+    bridge = BRIDGED[config["bridge"]]
     ends = generation.get("eos_token_id")
     ends = set(ends if isinstance(ends, list) else [ends])
     captions: list[list[int]] = []
@@ -89,7 +88,7 @@ def compare_tensors(
     Two calls of the decoder: the first with two words, then one more with the cache. Both sides
     are given the same picture and words, each its own cache.
     """
-    bridge = _BRIDGED[config["bridge"]]
+    bridge = BRIDGED[config["bridge"]]
     bridged = [side["encoder"](pixel_values=image[None])[0] for side in (expected, found)]
     worst: dict[str, dict[str, float]] = {"encoder": {bridge: _distance(*bridged)}, "decoder": {}}
     start = generation["decoder_start_token_id"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,13 @@ from diptych.weights.diffusion import GeneratorFolder, resolve_generator
 from diptych.weights.files import ModelFolder
 from diptych.weights.hub import resolve
 
-__all__ = ["export", "export_model"]
+__all__ = ["PROFILES", "export", "export_model"]
+
+PROFILES = ("edge",)
+Judge = Callable[[ModelFolder, ModelFolder], dict[str, Any]]
+"""Compares a model with the smaller one that would replace it, before that has its name."""
+
+_EDGE_BYTES = 100_000_000
 
 
 def export(
@@ -25,15 +31,22 @@ def export(
     *,
     task: str | None = None,
     quantize: str | None = None,
+    profile: str | None = None,
     images: Sequence[ImageInput] | None = None,
+    words: Sequence[str] | None = None,
     revision: str | None = None,
+    force: bool = False,
+    judge: Judge | None = None,
 ) -> dict[str, Any]:
     """Write a model as ONNX graphs that run without torch, held against it; needs the export extra.
 
     `model` is a name, a folder or a single file. `task` "image-to-text" or "text-to-image" is told
     from the model where it is None; the name "default" means the captioner then. `quantize` stores
-    weights smaller: None, "int8", for a generator also "fp16". `images` are pictures to compare
-    captions on. Returns the content of `export.json`.
+    weights smaller: None, "fp16", "int8" or "int4". `profile` "edge" makes a captioner as small as
+    it goes: int4, the vocabulary cut to what captions use (or `words`), in all under 100 MB.
+    `images` are pictures to compare captions on. Returns the content of `export.json`. Raises
+    `BadInput` for a folder that holds something, and `QualityLoss` where a smaller model falls
+    under its bound, unless `force`.
     """
     found: ModelFolder | GeneratorFolder
     if task is not None and task not in catalog.TASKS:
@@ -51,7 +64,16 @@ def export(
                 found = resolve_generator(model, revision=revision)
             except UnsupportedModel:
                 raise error from None
-    return export_model(found, folder, quantize=quantize, images=images)
+    return export_model(
+        found,
+        folder,
+        quantize=quantize,
+        profile=profile,
+        images=images,
+        words=words,
+        force=force,
+        judge=judge,
+    )
 
 
 def export_model(
@@ -59,30 +81,78 @@ def export_model(
     folder: str | Path,
     *,
     quantize: str | None = None,
+    profile: str | None = None,
     images: Sequence[ImageInput] | None = None,
+    words: Sequence[str] | None = None,
+    force: bool = False,
+    judge: Judge | None = None,
 ) -> dict[str, Any]:
     """Export what was already found; see `export`."""
+    if profile not in (None, *PROFILES):
+        raise BadInput(f"profile is {profile!r}: give {' or '.join(PROFILES)}")
+    if quantize not in (None, *PRECISIONS[1:]):
+        choices = f"{', '.join(PRECISIONS[1:-1])} or {PRECISIONS[-1]}"
+        raise BadInput(f"quantize is {quantize!r}: give {choices}")
+    _check_target(Path(folder), force)
+    if isinstance(model, ModelFolder) and quantize and profile is None and not model.weights:
+        return _quantize_artifact(model, folder, quantize, images, force)
     require_torch("exporting a model", "export")
     if isinstance(model, GeneratorFolder):
-        if images is not None:
-            raise BadInput(f"{model.name} draws pictures: leave images out")
-        return _export_generator(model, folder, quantize)
-    return _export_captioner(model, folder, quantize, images)
+        if images is not None or words is not None or profile is not None:
+            raise BadInput(f"{model.name} draws pictures: leave images, words and profile out")
+        return _export_generator(model, folder, quantize, force)
+    return _export_captioner(model, folder, quantize, profile, images, words, force, judge)
+
+
+def _quantize_artifact(
+    model: ModelFolder,
+    folder: str | Path,
+    quantize: str,
+    images: Sequence[ImageInput] | None,
+    force: bool,
+) -> dict[str, Any]:
+    """Make an artifact that came without its checkpoint smaller; torch is not needed."""
+    from diptych.runtimes.smaller_captioner import quantize_captioner
+
+    preprocessing = Preprocessing.from_config(model.preprocessing)
+    pixels = None if images is None else [preprocess(image, preprocessing) for image in images]
+    return quantize_captioner(model.path, Path(folder), quantize, images=pixels, force=force)
+
+
+def _check_target(folder: Path, force: bool) -> None:
+    """Raise `BadInput` for a folder that an artifact would be mixed into."""
+    if folder.is_file():
+        raise BadInput(f"{folder} is a file: give a folder to write to")
+    if force or not folder.is_dir():
+        return
+    names = sorted(path.name for path in folder.iterdir())
+    if names:
+        raise BadInput(
+            f"{folder} is not empty, it holds {', '.join(names[:3])}: give a new folder, or force "
+            "it to replace files in this one"
+        )
 
 
 def _export_captioner(
     model: ModelFolder,
     folder: str | Path,
     quantize: str | None,
+    profile: str | None,
     images: Sequence[ImageInput] | None,
+    words: Sequence[str] | None,
+    force: bool,
+    judge: Judge | None,
 ) -> dict[str, Any]:
     from diptych.runtimes.export import export_captioner
+    from diptych.runtimes.vocabulary import caption_words
     from diptych.weights.load import load_captioner
 
     preprocessing = Preprocessing.from_config(model.preprocessing)
     pixels = None
     if images is not None:
         pixels = [preprocess(image, preprocessing) for image in images]
+    if profile == "edge":
+        quantize, words = quantize or "int4", words or caption_words()
     return export_captioner(
         load_captioner(model),
         Path(folder),
@@ -92,19 +162,23 @@ def _export_captioner(
         source={"name": model.name, "revision": model.revision},
         images=pixels,
         quantize=quantize,
+        words=words,
+        most_bytes=_EDGE_BYTES if profile == "edge" else None,
+        force=force,
+        judge=judge,
     )
 
 
 def _export_generator(
-    model: GeneratorFolder, folder: str | Path, quantize: str | None
+    model: GeneratorFolder, folder: str | Path, quantize: str | None, force: bool
 ) -> dict[str, Any]:
     from diptych.runtimes.export_generator import export_generator
     from diptych.weights.load_generator import load_generator
 
-    if quantize not in (None, *PRECISIONS[1:]):
-        raise BadInput(f"quantize is {quantize!r}: give {' or '.join(PRECISIONS[1:])}")
     modules = load_generator(model, device="cpu", dtype="float32")
-    return export_generator(modules, model, folder, precision=quantize or PRECISIONS[0])
+    return export_generator(
+        modules, model, folder, precision=quantize or PRECISIONS[0], force=force
+    )
 
 
 def _task_of(model: str | Path) -> str | None:

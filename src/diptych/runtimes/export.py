@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,27 @@ from diptych.runtimes.artifact import (
     write_artifact,
     write_json,
 )
-from diptych.runtimes.captioner_graphs import decoder_graph, encoder_graph
+from diptych.runtimes.captioner_graphs import decoder_graph, encoder_graph, num_image_tokens
+from diptych.runtimes.graph import Weights
 from diptych.runtimes.network import open_networks
 from diptych.runtimes.on_torch import faster, torch_networks, twin
-from diptych.runtimes.quantize import check_mode, compare_artifacts, quantize_network
-from diptych.weights.files import describe
+from diptych.runtimes.quantize import check_mode
+from diptych.runtimes.smaller_captioner import check_bound, write_smaller
+from diptych.runtimes.vocabulary import (
+    cut_generation,
+    cut_weights,
+    kept_tokens,
+    write_tokenizer,
+)
+from diptych.weights.files import ModelFolder, describe, object_in, read_document
 from diptych.weights.save import describe_config
 
 __all__ = ["export_captioner"]
 
 logger = logging.getLogger("diptych")
+
+_CAPTION_POSITIONS = 128  # words of the longest caption that a cut model writes
+_POSITIONS = "decoder.wpe.weight"
 
 
 def export_captioner(
@@ -55,46 +67,106 @@ def export_captioner(
     source: Mapping[str, Any],
     images: Sequence[Pixels] | None = None,
     quantize: str | None = None,
+    words: Sequence[str] | None = None,
+    most_bytes: int | None = None,
+    force: bool = False,
+    judge: Callable[[ModelFolder, ModelFolder], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Write `module` as an artifact to `folder`; return the content of its `export.json`.
 
-    Captions of both are compared over `images` [C, H, W], or over seeded ones. `quantize` is None
-    or "int8". Raises `BadInput` for what cannot be exported or written.
+    Captions of both are compared over `images` [C, H, W], or over seeded ones. `quantize` is None,
+    "fp16", "int8" or "int4". With `words` the vocabulary is cut to the tokens that those need, and
+    the positions to those of a caption. `most_bytes` presses a quantized artifact under that size.
+    `judge` compares the float32 model with the quantized one before that has its name.
+    Raises `BadInput` for what cannot be exported or written, and `QualityLoss` where quantizing
+    changes more than its bound, unless `force`.
     """
     if quantize is not None:
         check_mode(quantize)
     module = _for_export(module)
     config = describe_config(module)
-    images = pictures_for(config, preprocessing, images)
-    document = {
-        "config": config,
-        "preprocessing": dict(preprocessing),
-        "generation": dict(generation),
-        "source": dict(source),
-    }
+    pictures = pictures_for(config, preprocessing, images)
     with staged(Path(folder)) as staging:
-        plain = staging if quantize is None else staging / "fp32"
+        plain = staging if quantize is None and words is None else staging / "fp32"
         plain.mkdir(exist_ok=True)
-        _write_networks(module, config, plain)
+        weights = {name: tensor.detach().numpy() for name, tensor in module.state_dict().items()}
+        _write_networks(weights, config, plain)
         copy_tokenizer(Path(tokenizer), plain)
-        write_artifact(plain, {"precision": "fp32", **document})
+        document = {
+            "preprocessing": dict(preprocessing),
+            "generation": dict(generation),
+            "source": dict(source),
+        }
+        write_artifact(plain, {"precision": "fp32", "config": config, **document})
         report = {
             "versions": versions("torch", "onnx", "onnxruntime", "numpy"),
             "source": dict(source),
-            "fp32": _compare(module, plain, images),
+            "fp32": _compare(module, plain, pictures),
         }
+        source_of_small = plain
+        if words is not None:
+            source_of_small = staging / "cut" if quantize else staging
+            report["vocabulary"] = _write_cut(
+                weights, describe(plain), source_of_small, words, pictures
+            )
         if quantize is not None:
-            for network in NETWORKS:
-                quantize_network(network_path(plain, network), network_path(staging, network))
-            copy_tokenizer(Path(tokenizer), staging)
-            write_artifact(staging, {"precision": quantize, **document})
-            report[quantize] = compare_artifacts(plain, staging, images)
-            for path in plain.iterdir():
-                path.unlink()
-            plain.rmdir()
+            small = describe(source_of_small)
+            report[quantize] = write_smaller(
+                small, staging, quantize, source, images=images, most_bytes=most_bytes
+            )
+            check_bound(report[quantize], quantize, images is not None, force)
+            if judge is not None:
+                report[quantize]["judged"] = judge(describe(plain), describe(staging))
+        for made in {plain, source_of_small} - {staging}:
+            shutil.rmtree(made)
         write_json(staging / "export.json", report)
     _warn(folder, report["fp32"]["tokens"])
     return report
+
+
+def _write_cut(
+    weights: Weights,
+    model: ModelFolder,
+    folder: Path,
+    words: Sequence[str],
+    images: Sequence[Pixels],
+) -> dict[str, Any]:
+    """Write `model`, whose module holds `weights`, with the tokens that `words` need; compare."""
+    folder.mkdir(exist_ok=True)
+    kept = kept_tokens(model.tokenizer, model.generation, words)
+    positions = int(model.config["decoder"]["max_position_embeddings"])
+    needed = _CAPTION_POSITIONS
+    if model.config["bridge"] == "prefix":
+        needed += num_image_tokens(model.config["encoder"])
+    positions = min(positions, needed)
+    cut = cut_weights(weights, kept)
+    cut[_POSITIONS] = cut[_POSITIONS][:positions]
+    changed = {"vocab_size": len(kept), "max_position_embeddings": positions}
+    config = {**model.config, "decoder": {**model.config["decoder"], **changed}}
+    _write_networks(cut, config, folder)
+    write_tokenizer(model.tokenizer, folder / "tokenizer.json", kept)
+    document = {
+        "precision": "fp32",
+        "config": config,
+        "preprocessing": dict(model.preprocessing),
+        "generation": cut_generation(model.generation, kept),
+        "source": object_in(read_document(model.path, "artifact.json"), "source"),
+    }
+    write_artifact(folder, document)
+    smaller = describe(folder)
+    before = greedy_tokens(
+        open_networks(model, "onnxruntime"), images, model.config, model.generation
+    )
+    after = greedy_tokens(
+        open_networks(smaller, "onnxruntime"), images, smaller.config, smaller.generation
+    )
+    named = [[int(kept[token]) for token in caption] for caption in after]
+    return {
+        "kept": len(kept),
+        "of": int(model.config["decoder"]["vocab_size"]),
+        "positions": positions,
+        "tokens": compare_tokens(before, named),
+    }
 
 
 def _for_export(module: VisionEncoderDecoder) -> VisionEncoderDecoder:
@@ -108,8 +180,7 @@ def _for_export(module: VisionEncoderDecoder) -> VisionEncoderDecoder:
     return faster(twin(module).eval())
 
 
-def _write_networks(module: VisionEncoderDecoder, config: Mapping[str, Any], folder: Path) -> None:
-    weights = {name: tensor.detach().numpy() for name, tensor in module.state_dict().items()}
+def _write_networks(weights: Weights, config: Mapping[str, Any], folder: Path) -> None:
     for write in (encoder_graph, decoder_graph):
         graph = write(config, weights)
         graph.write(network_path(folder, graph.name))

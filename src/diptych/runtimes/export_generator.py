@@ -17,8 +17,9 @@ import onnx  # noqa: F401  (to say at once that it is missing)
 import torch
 from torch import nn
 
-from diptych.errors import BadInput
+from diptych.errors import BadInput, QualityLoss
 from diptych.runtimes.artifact import (
+    SHARED_WEIGHTS,
     network_path,
     network_size,
     staged,
@@ -29,6 +30,7 @@ from diptych.runtimes.artifact import (
 from diptych.runtimes.generator_graphs import (
     text_encoder_graph,
     unet_graph,
+    unet_shallow_graph,
     vae_decoder_graph,
     vae_encoder_graph,
 )
@@ -54,8 +56,9 @@ Configs = Mapping[str, Mapping[str, Any]]
 
 # The autoencoder's errors are seen as they are, while the UNet's are smoothed by the steps that
 # follow: it keeps half precision where the others are rounded to bytes.
-_ROUNDED = ("text_encoder", "text_encoder_2", "unet")
-_WANTED_DB = {"fp32": 60.0, "fp16": 40.0, "int8": 25.0}
+_ROUNDED = ("text_encoder", "text_encoder_2", "unet", "unet_shallow")
+_WANTED_DB = {"fp32": 60.0, "fp16": 40.0, "int8": 25.0, "int4": 15.0}
+_LEAST_DB = {"fp32": 40.0, "fp16": 30.0, "int8": 18.0, "int4": 10.0}  # below, it is no export
 
 
 def export_generator(
@@ -65,12 +68,14 @@ def export_generator(
     *,
     precision: str = "fp32",
     sketch: Sketch | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Write `modules` as an artifact to `folder`; return the content of its `export.json`.
 
     `model` says how words and noise are treated. `precision` is how weights are stored: "fp32",
-    "fp16" or "int8"; all compute in float32. Pictures of both are compared as `sketch` says, or
-    over seeded ones. Raises `BadInput` for what cannot be exported or written.
+    "fp16", "int8" or "int4"; all compute in float32. Pictures of both are compared as `sketch`
+    says, or over seeded ones. Raises `BadInput` for what cannot be exported or written, and
+    `QualityLoss` where a picture is too far from torch's, unless `force`.
     """
     check_precision(precision)
     with _for_export(modules) as plain:
@@ -97,6 +102,7 @@ def export_generator(
                 precision: _compare(plain, files, configs, model.schedule, sketch),
             }
             write_json(staging / "export.json", report)
+            _check_bound(precision, report[precision]["pictures"], force)
     _warn(folder, precision, report[precision]["pictures"])
     return report
 
@@ -107,6 +113,7 @@ def write_networks(
     """Write every network of `modules` to `folder`; return their files."""
     writers: list[tuple[str, Callable[..., Graph]]] = [
         ("unet", unet_graph),
+        ("unet", unet_shallow_graph),
         ("vae", vae_encoder_graph),
         ("vae", vae_decoder_graph),
     ]
@@ -124,8 +131,11 @@ def write_networks(
 
 def _write(graph: Graph, folder: Path, precision: str) -> Path:
     path = network_path(folder, graph.name)
-    stored = "fp16" if precision == "int8" and graph.name not in _ROUNDED else precision
-    shrink(graph, stored).write(path)
+    rounded = precision in ("int8", "int4")
+    stored = "fp16" if rounded and graph.name not in _ROUNDED else precision
+    shared = SHARED_WEIGHTS.get(graph.name)
+    weights_of = None if shared is None else network_path(folder, shared)
+    shrink(graph, stored).write(path, weights_of)
     return path
 
 
@@ -181,6 +191,15 @@ def _compare(
         for name, path in files.items()
     }
     return {"pictures": compare_pictures(*pictures), "networks": networks}
+
+
+def _check_bound(precision: str, pictures: Mapping[str, Any], force: bool) -> None:
+    worst, least = pictures["worst_psnr_db"], _LEAST_DB[precision]
+    if worst < least and not force:
+        raise QualityLoss(
+            f"a picture of the {precision} networks is at {worst:.1f} dB from torch's, the bound "
+            f"is {least:.0f} dB: choose a wider precision, or force it"
+        )
 
 
 def _warn(folder: str | Path, precision: str, pictures: Mapping[str, Any]) -> None:

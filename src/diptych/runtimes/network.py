@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from diptych.weights.diffusion import GeneratorFolder
 
 __all__ = [
+    "BRIDGED",
     "DTYPES",
     "GENERATOR_NETWORKS",
     "RUNTIMES",
+    "STYLE_INPUTS",
     "Array",
     "Network",
     "OpenNetworks",
@@ -40,23 +42,28 @@ logger = logging.getLogger("diptych")
 Array = Any
 """A NumPy array or a torch tensor: callers use only what both share."""
 
-RUNTIMES = ("auto", "onnxruntime", "torch")
+# What the encoder gives and the decoder takes of a picture, by bridge.
+BRIDGED = {"cross-attention": "cross_key_values", "prefix": "prefix_embeds"}
+RUNTIMES = ("auto", "onnxruntime", "openvino", "torch")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # The networks of a generator, with the names and shapes of what they take and give, as in `models`.
 _TEXT_ENCODER = ({"input_ids": "B T"}, {"encoder_hidden_states": "B T D", "pooled": "B D"})
+_UNET = {"latents": "B C h w", "timestep": "B", "encoder_hidden_states": "B T D"}
+_ON_REQUEST = ("image_attention", "deep_features")
 GENERATOR_NETWORKS: Mapping[str, tuple[Mapping[str, str], Mapping[str, str]]] = {
     "text_encoder": _TEXT_ENCODER,
     "text_encoder_2": _TEXT_ENCODER,  # SDXL only
-    "unet": (
-        {"latents": "B C h w", "timestep": "B", "encoder_hidden_states": "B T D"},
-        {"noise_pred": "B 4 h w"},
-    ),
+    "unet": (_UNET, {"noise_pred": "B 4 h w", "deep_features": "B C h w"}),
+    # Its last block alone, on the features of an earlier step; artifacts may lack it.
+    "unet_shallow": ({"deep_features": "B C h w", **_UNET}, {"noise_pred": "B 4 h w"}),
     "vae_encoder": (
         {"pixel_values": "B 3 H W"},
         {"mean": "B c h w", "log_variance": "B c h w"},
     ),
     "vae_decoder": ({"latents": "B c h w"}, {"pixel_values": "B 3 H W"}),
 }
+# What the UNet takes besides for style transfer; it may be left out.
+STYLE_INPUTS = ("key_rows", "query_rows", "query_preservation", "attention_temperature")
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
 
 
@@ -77,7 +84,7 @@ class Network(Protocol):
     def __call__(
         self, wanted: Sequence[str] | None = None, /, **arrays: Array
     ) -> tuple[Array, ...]:
-        """Return the outputs named in `wanted`; None is all but `image_attention`.
+        """Return the outputs in `wanted`; None is all but `image_attention` and `deep_features`.
 
         `logits` and `image_attention` are NumPy float32; caches stay where the runtime keeps them.
         What the networks of a generator give is float32 and of their runtime's kind.
@@ -141,11 +148,9 @@ def open_networks(
     """
     _check(runtime, device, dtype)
     chosen, reason = _choose(model, runtime, device, dtype)
-    if chosen == "onnxruntime":
-        from diptych.runtimes.on_onnxruntime import open_artifact
-
-        networks: Mapping[str, Network] = open_artifact(model.networks)
-        device, dtype = "cpu", {"fp32": "float32"}.get(model.precision or "", model.precision or "")
+    if chosen != "torch":
+        networks, dtype = _open_files(model, chosen, dtype)
+        device = "cpu"
     else:
         require_torch("running a PyTorch checkpoint")
         from diptych.runtimes.on_torch import open_checkpoint
@@ -172,17 +177,9 @@ def open_generator_networks(
     """
     _check(runtime, device, dtype)
     chosen, reason = _choose(model, runtime, device, dtype)
-    if chosen == "onnxruntime":
-        from diptych.runtimes.on_onnxruntime import open_generator_files
-
-        device, dtype = "cpu", {"fp32": "float32"}.get(model.precision or "", model.precision or "")
-        opened = OpenNetworks(
-            open_generator_files(model.networks, model.configs["unet"]),
-            runtime=chosen,
-            device=device,
-            dtype=dtype,
-            reason=reason,
-        )
+    if chosen != "torch":
+        networks, dtype = _open_files(model, chosen, dtype, model.configs["unet"])
+        opened = OpenNetworks(networks, runtime=chosen, device="cpu", dtype=dtype, reason=reason)
     else:
         require_torch("running a PyTorch checkpoint")
         from diptych.runtimes.on_torch_generator import open_generator_checkpoint
@@ -191,6 +188,32 @@ def open_generator_networks(
     _cut_up(opened, model.configs["vae"], tiling)
     _tell(model, opened.runtime, opened.device, opened.dtype, opened.reason)
     return opened
+
+
+def _open_files(
+    model: ModelFolder | GeneratorFolder,
+    runtime: str,
+    dtype: str,
+    unet: Mapping[str, Any] | None = None,
+) -> tuple[Mapping[str, Network], str]:
+    """Return the networks of ONNX files, a generator's if `unet` is given, and what they are in."""
+    stored = model.precision or ""
+    told = {"fp32": "float32"}.get(stored, stored)
+    if runtime == "openvino":
+        if not _is_installed("openvino"):
+            raise MissingExtra("openvino", "running ONNX networks in OpenVINO")
+        from diptych.runtimes import on_openvino
+
+        dtype = on_openvino.check_dtype(dtype)
+        told = told if dtype == "float32" else dtype
+        if unet is None:
+            return on_openvino.open_artifact(model.networks, dtype), told
+        return on_openvino.open_generator_files(model.networks, unet, dtype), told
+    from diptych.runtimes import on_onnxruntime
+
+    if unet is None:
+        return on_onnxruntime.open_artifact(model.networks), told
+    return on_onnxruntime.open_generator_files(model.networks, unet), told
 
 
 def _cut_up(networks: OpenNetworks, vae: Mapping[str, Any], tiling: Tiling | None) -> None:
@@ -228,9 +251,9 @@ def gather_rows(cache: Array, rows: Sequence[int] | Array) -> Array:
 
 
 def check_wanted(wanted: Sequence[str] | None, outputs: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the outputs to compute, in order; None stands for all but `image_attention`."""
+    """Return the outputs to compute, in order; None stands for all that need no request."""
     if wanted is None:
-        return tuple(name for name in outputs if name != "image_attention")
+        return tuple(name for name in outputs if name not in _ON_REQUEST)
     if unknown := [name for name in wanted if name not in outputs]:
         raise BadInput(f"no output is called {unknown[0]!r}: there are {', '.join(outputs)}")
     return tuple(wanted)
@@ -262,7 +285,7 @@ def _choose(
     model: ModelFolder | GeneratorFolder, runtime: str, device: str, dtype: str
 ) -> tuple[str, str]:
     """Return the runtime and the reason for it."""
-    against = ""  # what speaks against onnxruntime
+    against = ""  # what speaks against running its ONNX files
     if not model.networks:
         against = (
             "it has no ONNX networks: make them with "
@@ -270,16 +293,18 @@ def _choose(
         )
     elif device not in ("auto", "cpu"):
         against = f"its ONNX networks run on the cpu, not on {device}"
-    elif dtype not in ("auto", "float32"):
+    elif dtype not in ("auto", "float32") and runtime != "openvino":
         against = f"its ONNX networks are {model.precision}, not {dtype}"
-    if runtime == "onnxruntime" and against:
-        raise BadInput(f"{model.name} cannot run in onnxruntime: {against}")
+    if runtime in ("onnxruntime", "openvino") and against:
+        raise BadInput(f"{model.name} cannot run in {runtime}: {against}")
     if runtime == "torch" or against:
         if not model.weights:
             why = against or "it holds ONNX networks only: load it with runtime='onnxruntime'"
             raise BadInput(f"{model.name} has no PyTorch weights, and {why}")
         return "torch", "it was asked for" if runtime == "torch" else against.partition(":")[0]
-    return "onnxruntime", "it was asked for" if runtime != "auto" else "the model has ONNX networks"
+    if runtime != "auto":
+        return runtime, "it was asked for"
+    return "onnxruntime", "the model has ONNX networks"
 
 
 def _either(choices: Sequence[str]) -> str:

@@ -1,13 +1,14 @@
-"""Make an artifact smaller: its matrices as 8-bit numbers, its tables as 16-bit ones.
+"""Make a network smaller: its matrices as numbers of 8 or 4 bits, its tables as 16-bit ones.
 
 Each row of a matrix is cut into blocks of 64 numbers with a scale each; the rows that are
-multiplied with it are rounded the same way, block by block, as they come (`MatMulNBits`). A scale
-for a whole tensor would let the pictures of a batch change each other's captions. Convolutions,
-norms and attention are computed in float32.
+multiplied with it are rounded to 8 bits the same way, block by block, as they come
+(`MatMulNBits`). A scale for a whole tensor would let the pictures of a batch change each other's
+captions. Convolutions, norms and attention are computed in float32.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,117 +18,84 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diptych.errors import BadInput
-from diptych.runtimes.agreement import (
-    Pixels,
-    compare_tensors,
-    compare_tokens,
-    greedy_tokens,
-    pictures_for,
-)
-from diptych.runtimes.artifact import (
-    NETWORKS,
-    copy_tokenizer,
-    network_path,
-    network_size,
-    staged,
-    versions,
-    write_artifact,
-    write_json,
-)
+from diptych.runtimes.blocks import Blocks, round_rows
 from diptych.runtimes.graph import read_network, write_network
-from diptych.runtimes.network import open_networks
-from diptych.weights.files import describe
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["MODES", "check_mode", "compare_artifacts", "quantize_captioner", "quantize_network"]
-
-MODES = ("int8",)
+__all__ = ["MODES", "Bits", "bits_for", "check_mode", "quantize_network", "unit_of"]
 
 Weights = dict[str, NDArray[Any]]
 
-# Blocks of 64 and 32 are computed alike however many rows there are; in those of 128 and 256, which
-# are 5 % faster, the last bits of a row depend on the number of rows (ONNX Runtime 1.32).
-_BLOCK, _SMALL_BLOCK = 64, 32
 _INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level
 _ZERO = 128
+_HALF = 16  # bits
+_HALF_SCALES = ".scales.half"
 _TABLE = 4096  # numbers; a table that is smaller stays as it is
 # The words' embeddings, and the head that shares them, decide between near ties. Up to this many
 # numbers they stay in half precision: 1 MB for one caption in a hundred, in the default model.
 _FEW_WORDS = 1 << 21
+_WORDS = ("decoder.wte.", "decoder.head.", "decoder.lm_head.")
+_UNIT = re.compile(r"(.*?\.\d+\.(?:attention|mlp|attn|crossattention))\.")
 
 
-def quantize_captioner(
-    source: Path, folder: Path, mode: str = "int8", *, images: Sequence[Pixels] | None = None
-) -> dict[str, Any]:
-    """Write the artifact at `source`, which is left as it is, as a smaller one to `folder`.
+@dataclass(frozen=True, slots=True)
+class Bits:
+    """Say how many bits the matrices of a network get: 16, 8, 4 or 2.
 
-    Captions of both are compared over `images` [C, H, W], or over seeded ones. Returns the content
-    of `quantize.json`. Raises `BadInput` for another mode, or a source that is not float32.
+    `words` are the embeddings and the head, `units` the exceptions, by the names of `unit_of`.
     """
+
+    usual: int
+    words: int = 8
+    units: Mapping[str, int] = field(default_factory=dict)
+
+    def of(self, weight: str) -> int:
+        """Return the bits of the matrix called `weight`."""
+        if weight.startswith(_WORDS):
+            return self.words
+        return self.units.get(unit_of(weight), self.usual)
+
+
+_BITS = {"fp16": Bits(_HALF, words=_HALF), "int8": Bits(8), "int4": Bits(4)}
+MODES = tuple(_BITS)
+
+
+def bits_for(mode: str) -> Bits:
+    """Return what `mode` means before any exception; raises `BadInput` for another word."""
     check_mode(mode)
-    model = describe(Path(source))
-    if not model.networks or model.precision != "fp32":
-        found = f"is {model.precision}" if model.networks else "has no ONNX networks"
-        raise BadInput(f"{model.name} {found}: give the folder of an fp32 artifact")
-    images = pictures_for(model.config, model.preprocessing, images)
-    with staged(Path(folder)) as staging:
-        for network in NETWORKS:
-            quantize_network(model.networks[network], network_path(staging, network))
-        copy_tokenizer(model.tokenizer, staging)
-        document = {
-            "precision": mode,
-            "config": model.config,
-            "preprocessing": model.preprocessing,
-            "generation": model.generation,
-            "source": {"name": model.name, "revision": model.revision},
-        }
-        write_artifact(staging, document)
-        report = {
-            "versions": versions("onnxruntime", "onnx", "numpy"),
-            mode: compare_artifacts(model.path, staging, images),
-        }
-        write_json(staging / "quantize.json", report)
-    return report
+    return _BITS[mode]
 
 
 def check_mode(mode: str) -> None:
     """Raise `BadInput` for what is no way to quantize."""
     if mode not in MODES:
-        raise BadInput(f"quantize is {mode!r}: give {' or '.join(MODES)}")
+        raise BadInput(f"quantize is {mode!r}: give {', '.join(MODES[:-1])} or {MODES[-1]}")
 
 
-def compare_artifacts(source: Path, folder: Path, images: Sequence[Pixels]) -> dict[str, Any]:
-    """Measure what quantizing changed: words, tensors and bytes."""
-    models = [describe(source), describe(folder)]
-    before, after = (open_networks(model, "onnxruntime") for model in models)
-    config, generation = models[0].config, models[0].generation
-    tokens = [greedy_tokens(networks, images, config, generation) for networks in (before, after)]
-    worst = compare_tensors(before, after, images[0], config, generation)
-    networks = {
-        network: {
-            "max_abs_difference": worst[network],
-            "bytes": network_size(models[1].networks[network]),
-            "bytes_before": network_size(models[0].networks[network]),
-        }
-        for network in NETWORKS
-    }
-    return {"tokens": compare_tokens(*tokens), "networks": networks}
+def unit_of(weight: str) -> str:
+    """Name what a matrix is a part of and rounded with: the attention or MLP of its layer."""
+    found = _UNIT.match(weight)
+    return found[1] if found else weight
 
 
-def quantize_network(source: Path, target: Path) -> None:
-    """Write the network at `source`, exported in float32, with 8-bit matrices to `target`."""
+def quantize_network(source: Path, target: Path, bits: Bits) -> None:
+    """Write the network at `source`, exported in float32, with its matrices rounded to `target`.
+
+    `bits` tells how many bits each matrix gets; 16 leaves it in half precision.
+    """
     model, weights = read_network(source)
-    rewritten = _Rewriter(weights)
+    rewritten = _Rewriter(weights, bits)
     nodes = [new for node in model.graph.node for new in rewritten.rewrite(node)]
     used = _used(nodes)
     kept = {name: array for name, array in weights.items() if name in used}
     made = {name: array for name, array in rewritten.made.items() if name in used}
-    casts = _halve_tables(kept)
+    casts = [*_halve_tables(kept), *rewritten.casts]
     del model.graph.node[:]
     model.graph.node.extend([*casts, *nodes])
-    write_network(model, {**kept, **made}, target)
+    halves = {name: array for name, array in rewritten.made.items() if name.endswith(_HALF_SCALES)}
+    write_network(model, {**kept, **made, **halves}, target)
 
 
 def _used(nodes: Iterable[onnx.NodeProto]) -> set[str]:
@@ -143,13 +111,13 @@ def _used(nodes: Iterable[onnx.NodeProto]) -> set[str]:
 
 @dataclass
 class _Rewriter:
-    """Replace products with stored matrices, and look-ups in them, by their 8-bit forms."""
+    """Replace products with stored matrices, and look-ups in them, by their rounded forms."""
 
     weights: Mapping[str, NDArray[Any]]
+    bits: Bits
     made: Weights = field(default_factory=dict)
-    pairs: dict[tuple[int, bool], tuple[NDArray[np.uint8], NDArray[np.float32]]] = field(
-        default_factory=dict
-    )
+    casts: list[onnx.NodeProto] = field(default_factory=list)  # of scales in half precision
+    pairs: dict[tuple[int, bool, int], Blocks] = field(default_factory=dict)
     product: onnx.NodeProto | None = None  # the last one, while a bias may still follow
 
     def rewrite(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
@@ -173,24 +141,24 @@ class _Rewriter:
     def _is_matrix(self, name: str, more_than: int = 0) -> bool:
         found = self.weights.get(name)
         is_matrix = found is not None and found.ndim == 2 and found.dtype == np.float32
-        return is_matrix and self.weights[name].size > more_than
+        return is_matrix and self.weights[name].size > more_than and self.bits.of(name) < _HALF
 
     def _multiply(self, node: onnx.NodeProto) -> onnx.NodeProto:
         from onnx import helper
 
         name = node.input[1]
         # MatMul holds [in, out]; the heads, as Gemm with transB, hold [out, in] like MatMulNBits.
-        blocks, scales = self._pair(name, transposed=node.op_type == "MatMul")
+        blocks = self._pair(name, transposed=node.op_type == "MatMul")
         width = self.weights[name].shape[0 if node.op_type == "MatMul" else 1]
         return helper.make_node(
             "MatMulNBits",
-            [node.input[0], *self._names(name, blocks, scales)],
+            [node.input[0], *self._names(name, blocks)],
             list(node.output),
             domain="com.microsoft",
             K=width,
-            N=len(blocks),
-            bits=8,
-            block_size=blocks.shape[2],
+            N=len(blocks.numbers),
+            bits=blocks.bits,
+            block_size=blocks.size,
             accuracy_level=_INT8_ACTIVATIONS,
         )
 
@@ -199,8 +167,7 @@ class _Rewriter:
         from onnx import TensorProto, helper
 
         name, ids = node.input[0], node.input[1]
-        blocks, scales = self._pair(name, transposed=False)
-        stored = self._names(name, blocks, scales)
+        stored = self._names(name, self._pair(name, transposed=False))
         width = self.weights[name].shape[1]
         constants = {
             "zero": np.float32(_ZERO),
@@ -226,29 +193,29 @@ class _Rewriter:
             step("Slice", ["@padded", "@start", "@width", "@last"], node.output[0]),
         ]
 
-    def _pair(self, name: str, transposed: bool) -> tuple[Any, Any]:
-        """Return the blocks and scales of a matrix, the same arrays for the same matrix."""
-        array = self.weights[name]
-        key = (id(array), transposed)
+    def _pair(self, name: str, transposed: bool) -> Blocks:
+        """Return a rounded matrix, the same arrays for the same matrix."""
+        array, bits = self.weights[name], self.bits.of(name)
+        key = (id(array), transposed, bits)
         if key not in self.pairs:
-            self.pairs[key] = _quantize(array.T if transposed else array)
+            self.pairs[key] = round_rows(array.T if transposed else array, bits)
         return self.pairs[key]
 
-    def _names(self, name: str, blocks: Any, scales: Any) -> list[str]:
-        self.made |= {f"{name}.int8": blocks, f"{name}.scales": scales}
-        return [f"{name}.int8", f"{name}.scales"]
+    def _names(self, name: str, blocks: Blocks) -> list[str]:
+        """Store a rounded matrix; return the names of its numbers and of its scales."""
+        from onnx import TensorProto, helper
 
-
-def _quantize(rows: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Round [N, K] to blocks [N, K / 64, 64] around 128, with their scales [N, K / 64]."""
-    size = _BLOCK if rows.shape[1] >= _BLOCK else _SMALL_BLOCK
-    count = -(-rows.shape[1] // size)
-    padded = np.zeros((len(rows), count * size), np.float32)
-    padded[:, : rows.shape[1]] = rows
-    blocks = padded.reshape(len(rows), count, size)
-    scales = np.abs(blocks).max(-1) / 127
-    blocks /= np.where(scales == 0, 1, scales)[..., None]
-    return (np.rint(blocks) + _ZERO).astype(np.uint8), scales
+        numbers, scales = f"{name}.int{blocks.bits}", f"{name}.scales"
+        if numbers in self.made:
+            return [numbers, scales]
+        self.made[numbers] = blocks.numbers
+        if blocks.scales.dtype == np.float32:
+            self.made[scales] = blocks.scales
+        else:
+            half = f"{name}{_HALF_SCALES}"
+            self.made[half] = blocks.scales
+            self.casts.append(helper.make_node("Cast", [half], [scales], to=TensorProto.FLOAT))
+        return [numbers, scales]
 
 
 def _halve_tables(weights: Weights) -> list[onnx.NodeProto]:

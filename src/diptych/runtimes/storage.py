@@ -1,8 +1,8 @@
 """Store the weights of a graph in fewer bytes; the graph widens them again when it is opened.
 
 What is computed stays float32, and costs what it costs with float32 weights: ONNX Runtime computes
-constants once, when it loads a network. "int8" cuts every row of a matrix or kernel into blocks
-of about 64 numbers with a scale each.
+constants once, when it loads a network. "int8" and "int4" cut every row of a matrix or kernel into
+blocks of about 64 numbers with a scale each.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diptych.errors import BadInput
+from diptych.runtimes.blocks import round_blocks
 from diptych.runtimes.graph import Graph, Node
 
 __all__ = ["PRECISIONS", "check_precision", "shrink"]
 
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
 
 Floats = NDArray[np.float32]
 
@@ -47,8 +48,8 @@ def shrink(graph: Graph, precision: str) -> Graph:
     for name, array in graph.weights.items():
         if array.dtype != np.float32 or array.ndim < 2 or array.size < _FEW:
             small.weight(name, array)
-        elif precision == "int8" and array.size > _FEW_FOR_INT8:
-            _store_bytes(small, name, array, transposed=name in products)
+        elif precision in _STORED and array.size > _FEW_FOR_INT8:
+            _STORED[precision](small, name, array, transposed=name in products)
         else:
             _store_halves(small, name, array)
     small.nodes.extend(graph.nodes)
@@ -68,24 +69,54 @@ def _store_halves(graph: Graph, name: str, array: Floats) -> None:
 def _store_bytes(graph: Graph, name: str, array: Floats, *, transposed: bool) -> None:
     """Write bytes · scales in place of `array`, whose rows are what is multiplied and summed."""
     rows = array.T if transposed else array
-    numbers, scales = _round(rows.reshape(len(rows), -1))
-    graph.weight(f"{name}.int8", numbers)
+    blocks = _blocks(rows)
+    scales = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
+    scales = np.where(scales == 0, np.float32(1), scales).astype(np.float32)
+    graph.weight(f"{name}.int8", np.rint(blocks / scales).astype(np.int8))
     graph.weight(f"{name}.scales", scales)
     _add(graph, "Cast", [f"{name}.int8"], f"{name}.numbers", to=_FLOAT)
     _add(graph, "Mul", [f"{name}.numbers", f"{name}.scales"], f"{name}.blocks")
+    _shape(graph, name, rows, transposed)
+
+
+def _store_nibbles(graph: Graph, name: str, array: Floats, *, transposed: bool) -> None:
+    """Write 4-bit codes · scales in place of `array`: a byte holds one of each half of a block."""
+    rows = array.T if transposed else array
+    blocks = _blocks(rows)
+    if blocks.shape[2] % 2:
+        _store_bytes(graph, name, array, transposed=transposed)
+        return
+    codes, scales = round_blocks(blocks, 4)
+    low, high = np.split(codes, 2, axis=2)
+    graph.weight(f"{name}.int4", low | high << np.uint8(4))
+    graph.weight(f"{name}.scales", scales[..., None])
+    mask, four = graph.weight("nibble", np.uint8(15)), graph.weight("four", np.uint8(4))
+    _add(graph, "BitwiseAnd", [f"{name}.int4", mask], f"{name}.low")
+    _add(graph, "BitShift", [f"{name}.int4", four], f"{name}.high", direction="RIGHT")
+    _add(graph, "Concat", [f"{name}.low", f"{name}.high"], f"{name}.codes", axis=2)
+    _add(graph, "Cast", [f"{name}.codes"], f"{name}.numbers", to=_FLOAT)
+    middle = graph.weight("middle", np.float32(8))
+    _add(graph, "Sub", [f"{name}.numbers", middle], f"{name}.centred")
+    _add(graph, "Cast", [f"{name}.scales"], f"{name}.factors", to=_FLOAT)
+    _add(graph, "Mul", [f"{name}.centred", f"{name}.factors"], f"{name}.blocks")
+    _shape(graph, name, rows, transposed)
+
+
+_STORED = {"int8": _store_bytes, "int4": _store_nibbles}
+
+
+def _blocks(rows: Floats) -> Floats:
+    """Cut the rows [N, …] into blocks: [N, blocks, size]."""
+    flat = rows.reshape(len(rows), -1)
+    return flat.reshape(len(rows), -1, _block_size(flat.shape[1]))
+
+
+def _shape(graph: Graph, name: str, rows: Floats, transposed: bool) -> None:
+    """Write the blocks of `name` back into the array that they were cut from."""
     flat = f"{name}.rows" if transposed else name
     _add(graph, "Reshape", [f"{name}.blocks", graph.ints(*rows.shape)], flat)
     if transposed:
         _add(graph, "Transpose", [flat], name, perm=[1, 0])
-
-
-def _round(rows: Floats) -> tuple[NDArray[np.int8], Floats]:
-    """Return [N, K] as bytes [N, K / size, size], with their scales [N, K / size, 1]."""
-    size = _block_size(rows.shape[1])
-    blocks = rows.reshape(len(rows), -1, size)
-    scales = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
-    scales = np.where(scales == 0, np.float32(1), scales).astype(np.float32)
-    return np.rint(blocks / scales).astype(np.int8), scales
 
 
 def _block_size(length: int) -> int:
