@@ -145,6 +145,40 @@ def test_predicts_as_the_reference(name: str, seed: int, tmp_path: Path) -> None
             )
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_deep_features_are_what_reaches_the_last_block(name: str, tmp_path: Path) -> None:
+    """DeepCache, of which diffusers has none: its modules, called one by one."""
+    reference, model = make_pair(tmp_path, CONFIGS[name])
+    first, later = (make_inputs(model.config, 2, 9, 6) for _ in range(2))
+    seen: dict[str, torch.Tensor] = {}
+    last, channels = reference.up_blocks[-1], model.config.block_out_channels[0]
+
+    def keep(module: Any, args: Any, kwargs: Any) -> None:
+        seen["fed"], seen["time"] = args[0], (args[1:] or [kwargs.get("temb")])[0]
+
+    with torch.no_grad():
+        plain = model(**first)
+        predicted, deep = model.predict(**first)
+        assert torch.equal(predicted, plain)
+        assert torch.equal(model.predict(**first, deep_features=deep)[0], plain)
+        handle = last.resnets[-1].register_forward_pre_hook(keep, with_kwargs=True)
+        ask_reference(reference, first)
+        kept = seen["fed"][:, :-channels]
+        torch.testing.assert_close(deep, kept, atol=3e-5, rtol=1e-5)
+
+        ask_reference(reference, later)  # for its embedding of the timestep
+        handle.remove()
+        skip = reference.conv_in(later["latents"])
+        hidden = last.resnets[-1](torch.cat([kept, skip], 1), seen["time"])
+        if hasattr(last, "attentions"):
+            words = later["encoder_hidden_states"]
+            (hidden,) = last.attentions[-1](hidden, words, return_dict=False)
+        hidden = reference.conv_act(reference.conv_norm_out(hidden))
+        found, same = model.predict(**later, deep_features=deep)
+        torch.testing.assert_close(found, reference.conv_out(hidden), atol=3e-5, rtol=1e-5)
+        assert same is deep and not torch.allclose(found, model(**later), atol=1e-3)
+
+
 def test_takes_a_timestep_between_two() -> None:
     model = UNet(UNetConfig.tiny()).eval()
     inputs = make_inputs(model.config, 1, 8, 8)

@@ -160,6 +160,27 @@ def test_unet(kind: str, tmp_path: Path) -> None:
     assert onnx["unet"].inputs == ours["unet"].inputs
 
 
+@pytest.mark.parametrize("kind", UNETS)
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_last_block_of_the_unet(kind: str, precision: str, tmp_path: Path) -> None:
+    modules = make_modules(unet=kind)
+    ours, onnx = generator_networks(modules), open_onnx(modules, tmp_path, precision)
+    config, wanted = modules["unet"].config, ("noise_pred", "deep_features")
+    assert onnx["unet_shallow"].inputs == ours["unet_shallow"].inputs
+    assert not (tmp_path / "unet_shallow.onnx.data").exists(), "weights are stored once"
+    for rows, size, length in ((2, (8, 8), 7), (1, (7, 13), 5)):
+        first, later = (unet_arrays(config, rows, size, length) for _ in range(2))
+        later["latents"] = later["latents"][..., ::-1].copy()
+        plain, deep = onnx["unet"](wanted, **first)
+        assert np.array_equal(plain, onnx["unet"](**first)[0])
+        if precision == "fp32":
+            expected = ours["unet"](wanted, **first)[1].numpy()
+            assert np.abs(deep - expected).max() < 2e-5 * np.abs(expected).max()
+            assert compare(ours, onnx, "unet_shallow", **later, deep_features=deep) < 2e-5
+        (again,) = onnx["unet_shallow"](**first, deep_features=deep)
+        assert np.abs(again - plain).max() < 2e-5 * np.abs(plain).max()
+
+
 @pytest.mark.parametrize("kind", VAES)
 def test_vae(kind: str, tmp_path: Path) -> None:
     modules = make_modules(vae=kind)
@@ -206,6 +227,10 @@ def test_names_and_shapes_are_those_of_the_models() -> None:
         "text_encoder": (clip_text.INPUTS, clip_text.OUTPUTS),
         "text_encoder_2": (clip_text.INPUTS, clip_text.OUTPUTS),
         "unet": (unet.INPUTS, unet.OUTPUTS),
+        "unet_shallow": (
+            {**unet.INPUTS, **unet.DEEP_FEATURES},
+            {"noise_pred": unet.OUTPUTS["noise_pred"]},
+        ),
         "vae_encoder": (vae.INPUTS, vae.OUTPUTS),
         "vae_decoder": (vae.DECODER_INPUTS, vae.DECODER_OUTPUTS),
     }

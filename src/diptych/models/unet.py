@@ -20,7 +20,16 @@ from diptych.models.layers import (
     to_tokens,
 )
 
-__all__ = ["INPUTS", "LCM_INPUTS", "OUTPUTS", "SDXL_INPUTS", "STYLE_INPUTS", "UNet", "UNetConfig"]
+__all__ = [
+    "DEEP_FEATURES",
+    "INPUTS",
+    "LCM_INPUTS",
+    "OUTPUTS",
+    "SDXL_INPUTS",
+    "STYLE_INPUTS",
+    "UNet",
+    "UNetConfig",
+]
 
 INPUTS = {"latents": "B C h w", "timestep": "B", "encoder_hidden_states": "B T D"}
 SDXL_INPUTS = {"text_embeds": "B E", "time_ids": "B 6"}  # besides, where the config wants them
@@ -32,7 +41,8 @@ STYLE_INPUTS = {
     "query_preservation": "L B",
     "attention_temperature": "L B",
 }
-OUTPUTS = {"noise_pred": "B 4 h w"}
+DEEP_FEATURES = {"deep_features": "B C h w"}  # given back, and taken at a later step
+OUTPUTS = {"noise_pred": "B 4 h w", **DEEP_FEATURES}
 
 Style = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -128,18 +138,53 @@ class UNet(nn.Module):
         `key_rows` [L, B], its query blended with that of row `query_rows` [B] by the share
         `query_preservation` [L, B], scores times `attention_temperature` [L, B]; all four or none.
         """
+        conditions = (text_embeds, time_ids, timestep_cond)
+        style = (key_rows, query_rows, query_preservation, attention_temperature)
+        return self.predict(latents, timestep, encoder_hidden_states, *conditions, *style)[0]
+
+    def predict(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        key_rows: Tensor | None = None,
+        query_rows: Tensor | None = None,
+        query_preservation: Tensor | None = None,
+        attention_temperature: Tensor | None = None,
+        deep_features: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return what `forward` does and the `deep_features` [B, C, h, w], what the last block got.
+
+        They change little from one step to the next (Ma et al. 2023, DeepCache): with those of an
+        earlier step only the last block runs.
+        """
         styles = self._styles(key_rows, query_rows, query_preservation, attention_temperature)
         time = self._embed_time(latents, timestep, text_embeds, time_ids, timestep_cond)
-        hidden = self.conv_in(latents)
-        skips = [hidden]
-        for block in self.down_blocks:
-            hidden, found = block(hidden, time, encoder_hidden_states)
-            skips += found
-        hidden = self.mid_block(hidden, time, encoder_hidden_states)
-        for block in self.up_blocks:
-            hidden = block(hidden, skips, time, encoder_hidden_states, styles)
+        first = self.conv_in(latents)
+        if deep_features is None:
+            deep_features = self._deepen(first, time, encoder_hidden_states, styles)
+        last = self.up_blocks[-1]
+        hidden = last(deep_features, [first], time, encoder_hidden_states, styles, start=-1)
         noise_pred: Tensor = self.conv_out(F.silu(self.conv_norm_out(hidden)))
-        return noise_pred
+        return noise_pred, deep_features
+
+    def _deepen(
+        self, first: Tensor, time: Tensor, context: Tensor, styles: Iterator[Style]
+    ) -> Tensor:
+        """Run all but the last block."""
+        hidden, skips = first, [first]
+        for block in self.down_blocks:
+            hidden, found = block(hidden, time, context)
+            skips += found
+        hidden = self.mid_block(hidden, time, context)
+        *coarser, finest = self.up_blocks
+        for block in coarser:
+            hidden = block(hidden, skips, time, context, styles)
+        deep: Tensor = finest(hidden, skips, time, context, styles, stop=-1)
+        return deep
 
     def _styles(
         self,
@@ -308,10 +353,15 @@ class UpBlock(nn.Module):
         time: Tensor,
         context: Tensor,
         styles: Iterator[Style],
+        start: int = 0,
+        stop: int | None = None,
     ) -> Tensor:
-        """Return the finer map; takes its maps from the end of `skips`."""
-        for index, resnet in enumerate(self.resnets):
-            hidden = resnet(torch.cat([hidden, skips.pop()], dim=1), time)
+        """Return the finer map; takes its maps from the end of `skips`.
+
+        `start` and `stop` name the layers that run, as in a slice.
+        """
+        for index in range(len(self.resnets))[start:stop]:
+            hidden = self.resnets[index](torch.cat([hidden, skips.pop()], dim=1), time)
             if self.attentions:
                 hidden = self.attentions[index](hidden, context, next(styles, None))
         for upsampler in self.upsamplers:

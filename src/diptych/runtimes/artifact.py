@@ -19,6 +19,7 @@ from diptych.runtimes.graph import data_path
 
 __all__ = [
     "NETWORKS",
+    "SHARED_WEIGHTS",
     "copy_tokenizer",
     "network_path",
     "network_size",
@@ -29,6 +30,8 @@ __all__ = [
 ]
 
 NETWORKS = ("encoder", "decoder")
+# Networks that keep no weights of their own, and whose they take.
+SHARED_WEIGHTS = {"unet_shallow": "unet"}
 
 _FORMAT, _VERSION = "diptych-artifact", 1
 
@@ -39,8 +42,9 @@ def network_path(folder: Path, network: str) -> Path:
 
 
 def network_size(path: Path) -> int:
-    """Return the bytes of a network, its weights included."""
-    return path.stat().st_size + data_path(path).stat().st_size
+    """Return the bytes of a network, its own weights included."""
+    own = data_path(path)
+    return path.stat().st_size + (own.stat().st_size if own.exists() else 0)
 
 
 def write_artifact(
@@ -53,8 +57,8 @@ def write_artifact(
     """Write `artifact.json` for the networks that are in `folder`; `document` is the rest."""
     files = {}
     for network in networks:
-        path = network_path(folder, network)
-        files[network] = {**_entry(path), "data": _entry(data_path(path))}
+        weights = data_path(network_path(folder, SHARED_WEIGHTS.get(network, network)))
+        files[network] = {**_entry(network_path(folder, network)), "data": _entry(weights)}
     write_json(
         folder / "artifact.json",
         {

@@ -16,7 +16,13 @@ import numpy as np
 from diptych.runtimes.graph import Graph, Weights
 from diptych.runtimes.graph_layers import LayerWriter
 
-__all__ = ["text_encoder_graph", "unet_graph", "vae_decoder_graph", "vae_encoder_graph"]
+__all__ = [
+    "text_encoder_graph",
+    "unet_graph",
+    "unet_shallow_graph",
+    "vae_decoder_graph",
+    "vae_encoder_graph",
+]
 
 Config = Mapping[str, Any]
 Style = tuple[str, str, str, str]
@@ -104,8 +110,16 @@ def _pool(write: LayerWriter, config: Config, hidden: str, norm: str) -> None:
 
 
 def unet_graph(config: Config, weights: Weights) -> Graph:
-    """Write the UNet; inputs as `UNetConfig.inputs` names them, to `noise_pred` [B, C, h, w]."""
+    """Write the UNet; inputs as `UNetConfig.inputs` names them.
+
+    To `noise_pred` [B, C, h, w] and `deep_features` [B, D, h, w].
+    """
     return _UNet(LayerWriter(Graph("unet"), weights), config).run()
+
+
+def unet_shallow_graph(config: Config, weights: Weights) -> Graph:
+    """Write the UNet's last block; inputs are those of the UNet and its `deep_features`."""
+    return _UNet(LayerWriter(Graph("unet_shallow"), weights), config).finish()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,20 +130,39 @@ class _UNet:
     config: Config
 
     def run(self) -> Graph:
-        graph, write, config = self.write.graph, self.write, self.config
-        graph.input("latents", "FLOAT", ["B", config["in_channels"], "h", "w"])
-        graph.input("timestep", "FLOAT", ["B"])
-        graph.input("encoder_hidden_states", "FLOAT", ["B", "T", config["cross_attention_dim"]])
-        time = self.embed_time()
-        styles = self.styles()
-        hidden = write.conv("latents", "conv_in", pad=1)
-        skips = [hidden]
-        levels = range(len(config["block_out_channels"]))
+        """Write all of it."""
+        time, hidden = self.begin()
+        styles, skips = self.styles(), [hidden]
+        levels = range(len(self.config["block_out_channels"]))
         for level in levels:
             hidden = self.go_down(hidden, time, level, skips)
         hidden = self.turn(hidden, time)
-        for level in reversed(levels):
+        for level in reversed(levels[1:]):
             hidden = self.go_up(hidden, time, level, skips, styles)
+        hidden = self.go_up(hidden, time, 0, skips, styles, slice(-1))
+        graph, channels = self.write.graph, self.config["block_out_channels"][0]
+        deep = graph.output("deep_features", ["B", channels, "h", "w"])
+        graph.add("Identity", hidden, to=deep)
+        return self.end(self.go_up(hidden, time, 0, skips, styles, slice(-1, None)))
+
+    def finish(self) -> Graph:
+        """Write the last block alone."""
+        time, first = self.begin()
+        channels = self.config["block_out_channels"][0]
+        deep = self.write.graph.input("deep_features", "FLOAT", ["B", channels, "h", "w"])
+        return self.end(self.go_up(deep, time, 0, [first], iter(()), slice(-1, None)))
+
+    def begin(self) -> tuple[str, str]:
+        """Write the inputs; return what conditions the blocks, and the first map."""
+        graph, config = self.write.graph, self.config
+        graph.input("latents", "FLOAT", ["B", config["in_channels"], "h", "w"])
+        graph.input("timestep", "FLOAT", ["B"])
+        graph.input("encoder_hidden_states", "FLOAT", ["B", "T", config["cross_attention_dim"]])
+        return self.embed_time(), self.write.conv("latents", "conv_in", pad=1)
+
+    def end(self, hidden: str) -> Graph:
+        """Write the output."""
+        graph, write, config = self.write.graph, self.write, self.config
         groups, eps = config["norm_num_groups"], config["norm_eps"]
         hidden = write.silu(write.group_norm(hidden, "conv_norm_out", groups, eps))
         output = graph.output("noise_pred", ["B", config["out_channels"], "h", "w"])
@@ -223,18 +256,24 @@ class _UNet:
             yield chosen(key), query_rows, numbers[0], numbers[1]
 
     def go_up(
-        self, hidden: str, time: str, level: int, skips: list[str], styles: Iterator[Style]
+        self,
+        hidden: str,
+        time: str,
+        level: int,
+        skips: list[str],
+        styles: Iterator[Style],
+        layers: slice = slice(None),
     ) -> str:
-        """Write one level on the way up; takes its maps from the end of `skips`."""
+        """Write one level on the way up, or some layers; takes its maps from the end of `skips`."""
         graph, config = self.write.graph, self.config
         path = f"up_blocks.{len(config['block_out_channels']) - 1 - level}"
         has_attention = (config["up_attention"] or config["down_attention"])[level]
-        for index in range(config["layers_per_block"] + 1):
+        for index in range(config["layers_per_block"] + 1)[layers]:
             both = graph.add("Concat", hidden, skips.pop(), axis=1)
             hidden = self.resnet(both, time, f"{path}.resnets.{index}")
             if has_attention:
                 place = f"{path}.attentions.{index}"
-                hidden = self.transformer(hidden, level, place, style=next(styles))
+                hidden = self.transformer(hidden, level, place, style=next(styles, None))
         if level > 0:
             # An odd edge was rounded up on the way down: double to what the skip has, not by two.
             size = graph.add("Shape", skips[-1], start=2, end=4)

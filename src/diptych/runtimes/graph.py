@@ -115,15 +115,22 @@ class Graph:
         ]
         return helper.make_graph(nodes, self.name, infos(self.inputs), infos(self.outputs))
 
-    def write(self, path: Path) -> None:
-        """Write the network to `path`, and its weights beside it."""
+    def write(self, path: Path, weights_of: Path | None = None) -> None:
+        """Write the network to `path`, and its weights beside it.
+
+        With `weights_of` it takes those that another network's file has under their names.
+        """
         from onnx import helper
 
         opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid(_MICROSOFT, 1)]
         model = helper.make_model(
             self.proto(), opset_imports=opsets, ir_version=_IR_VERSION, producer_name="diptych"
         )
-        write_network(model, self.weights, path)
+        if weights_of is None:
+            write_network(model, self.weights, path)
+        else:
+            _share_weights(model, self.weights, weights_of)
+            path.write_bytes(model.SerializeToString())
 
 
 def data_path(path: Path) -> Path:
@@ -164,6 +171,19 @@ def write_network(model: onnx.ModelProto, weights: Weights, path: Path) -> None:
                 entry = tensor.external_data.add()
                 entry.key, entry.value = key, value
     path.write_bytes(model.SerializeToString())
+
+
+def _share_weights(model: onnx.ModelProto, weights: Weights, path: Path) -> None:
+    """Let `model` take its weights from where the network at `path` has them."""
+    import onnx
+
+    stored = {
+        tensor.name: tensor
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer
+    }
+    for name, array in weights.items():
+        assert tuple(stored[name].dims) == array.shape, f"{path} has no {name} of this shape"
+        model.graph.initializer.append(stored[name])
 
 
 def read_network(path: Path) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:

@@ -78,6 +78,8 @@ def generator_networks(
             networks[name] = TorchNetwork(stage, name, _encode_text, *io)
     inputs = cast(unet.UNet, modules["unet"]).config.inputs
     networks["unet"] = TorchNetwork(stage, "unet", _predict, inputs, unet.OUTPUTS)
+    io = ({**inputs, **unet.DEEP_FEATURES}, {"noise_pred": unet.OUTPUTS["noise_pred"]})
+    networks["unet_shallow"] = TorchNetwork(stage, "unet", _finish, *io)
     networks["vae_encoder"] = TorchVae(stage, "vae", _encode_picture, vae.INPUTS, vae.OUTPUTS)
     io = (vae.DECODER_INPUTS, vae.DECODER_OUTPUTS)
     networks["vae_decoder"] = TorchVae(stage, "vae", _decode_picture, *io)
@@ -193,8 +195,13 @@ def _encode_text(module: nn.Module, arrays: Mapping[str, Any]) -> tuple[Tensor, 
     return made
 
 
-def _predict(module: nn.Module, arrays: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    return (module(**arrays),)
+def _predict(module: Any, arrays: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    made: tuple[Tensor, ...] = module.predict(**arrays)
+    return made
+
+
+def _finish(module: Any, arrays: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    return module.predict(**arrays)[:1]  # type: ignore[no-any-return]
 
 
 def _encode_picture(module: Any, arrays: Mapping[str, Any]) -> tuple[Tensor, ...]:

@@ -88,9 +88,9 @@ def open_generator_files(
     networks: dict[str, Network] = {}
     for name, path in files.items():
         inputs, outputs = GENERATOR_NETWORKS[name]
-        inputs = unet_inputs(unet_config) if name == "unet" else inputs
+        inputs = {**unet_inputs(unet_config), **inputs} if name.startswith("unet") else inputs
         networks[name] = OnnxNetwork(
-            path, inputs, outputs, open_session, keep_memory=name == "unet"
+            path, inputs, outputs, open_session, keep_memory=name.startswith("unet")
         )
     return networks
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diptych.runtimes.network import OpenNetworks
+from diptych.runtimes.network import OpenNetworks, check_wanted
 
 __all__ = ["Sketch", "compare_generators", "compare_pictures", "draw", "sketch_for"]
 
@@ -105,6 +105,7 @@ def compare_generators(
     """Return the largest absolute difference of every output, by network."""
     worst: dict[str, dict[str, float]] = {}
     for name, arrays in _inputs(expected, configs, sketch, seed).items():
+        names = check_wanted(None, expected[name].outputs)
         sides = []
         for networks in (expected, found):
             given = {
@@ -114,7 +115,7 @@ def compare_generators(
             sides.append([networks.numpy(each) for each in networks[name](**given)])
         worst[name] = {
             output: float(np.abs(one - other).max())
-            for output, one, other in zip(expected[name].outputs, *sides, strict=True)
+            for output, one, other in zip(names, *sides, strict=True)
         }
     return worst
 
@@ -144,7 +145,10 @@ def _inputs(
     given = {name: random.standard_normal(size) for name, size in sizes.items()}
     given["timestep"] = np.array([3.0, 750.0])
     given["time_ids"] = sketch["time_ids"].repeat(2, axis=0)
-    inputs["unet"] = {name: given[name] for name in networks["unet"].inputs}
+    given["deep_features"] = random.standard_normal((2, unet["block_out_channels"][0], high, wide))
+    for name in ("unet", "unet_shallow"):
+        if name in networks:
+            inputs[name] = {each: given[each] for each in networks[name].inputs}
     pixels = random.uniform(-1, 1, (1, vae["in_channels"], high * scale, wide * scale))
     inputs["vae_encoder"] = {"pixel_values": pixels}
     latents = random.standard_normal((1, vae["latent_channels"], high, wide))

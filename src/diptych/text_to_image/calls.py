@@ -39,7 +39,7 @@ Options = TypeVar("Options", bound=GenerateOptions)
 Images = ImageInput | Sequence[ImageInput] | Iterator[ImageInput]
 
 # It guides three rows of its own, each step as the one before.
-_NOT_OF_STYLE = ("guidance_interval",)
+_NOT_OF_STYLE = {"guidance_interval": None, "reuse_interval": 1}
 
 
 class Calls:
@@ -164,8 +164,9 @@ class Calls:
         if not isinstance(overrides.get("layers"), str | None):
             overrides["layers"] = ",".join(map(str, overrides["layers"]))
         asked = self._asked(StyleOptions, options, overrides)
-        if word := next((word for word in _NOT_OF_STYLE if getattr(asked, word) is not None), None):
-            raise BadInput(f"{word} is not for style_transfer: leave it out")
+        for word, without in _NOT_OF_STYLE.items():
+            if getattr(asked, word) != without:
+                raise BadInput(f"{word} is not for style_transfer: leave it out")
         chosen = {"sampler": "ddim", "num_inference_steps": asked.num_inversion_steps}
         asked = asked.replace(**chosen, seed=0, num_images_per_prompt=1, strength=1.0)
         asked.chosen_layers(*style_layers(self._model.configs["unet"]))
@@ -206,7 +207,7 @@ class Calls:
             isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
         ):
             raise BadInput(f"batch_size is {batch_size!r}: give a whole number of 1 or more")
-        self._painter.steps(resolved)
+        self._painter.check(resolved)
         for name, config in self._model.configs.items():
             if not name.startswith("text_encoder") or not resolved.clip_skip:
                 continue

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from diptych.errors import BadInput
 from diptych.runtimes.network import Network
+from diptych.text_to_image.reuse import FeatureReuse
 from diptych.text_to_image.schedules import PREDICTION_TYPES, Steps
 
 __all__ = [
@@ -52,13 +53,14 @@ def build_denoiser(
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     one_by_one: bool = False,
     extra: Sequence[Array] = (),
+    reuse: FeatureReuse | None = None,
 ) -> Denoise:
     """Compose the denoiser of an ordinary run: prediction, guidance, and LCM's boundary.
 
     A network that takes `timestep_cond` in `conditioning` is guided by it already: give no
     `negative`.
     """
-    eps = EpsDenoiser(unet, steps, conditioning, prediction_type, extra)
+    eps = EpsDenoiser(unet, steps, conditioning, prediction_type, extra, reuse)
     denoise: Denoise = eps
     if negative is not None and guidance_scale > 1:
         denoise = Guided(
@@ -72,7 +74,8 @@ class EpsDenoiser:
     """Predict the clean latent by a network that predicts noise, velocity or the latent itself.
 
     `conditioning` holds the network's other inputs, `B …` each; `extra` are further channels
-    `B c h w` of a 9-channel network, in order. Answers are float32 whatever the network runs in.
+    `B c h w` of a 9-channel network, in order; `reuse` runs the network instead, where it is given.
+    Answers are float32 whatever the network runs in.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class EpsDenoiser:
         conditioning: Mapping[str, Array],
         prediction_type: str = "epsilon",
         extra: Sequence[Array] = (),
+        reuse: FeatureReuse | None = None,
     ) -> None:
         if prediction_type not in PREDICTION_TYPES:
             choices = ", ".join(PREDICTION_TYPES)
@@ -91,6 +95,7 @@ class EpsDenoiser:
         self.conditioning = dict(conditioning)
         self.prediction_type = prediction_type
         self.extra = tuple(extra)
+        self.reuse = reuse
 
     def __call__(self, latents: Array, sigma: float) -> Array:
         return self.to_denoised(latents, sigma, self.predict(latents, sigma))
@@ -111,7 +116,10 @@ class EpsDenoiser:
         if len(context) > len(fed):
             fed = concatenate([fed] * (len(context) // len(fed)), 0)
         timestep = _filled(len(fed), self.steps.timestep(sigma), like=fed)
-        (output,) = self.unet(latents=fed, timestep=timestep, **conditioning)
+        inputs = {"latents": fed, "timestep": timestep, **conditioning}
+        if self.reuse is not None:
+            return _float32(self.reuse.predict(sigma, inputs))
+        (output,) = self.unet(**inputs)
         return _float32(output)
 
     def to_denoised(self, latents: Array, sigma: float, output: Array) -> Array:

@@ -56,6 +56,7 @@ _SCHEDULES = {
 # What "Automatic" stands for, where it is not the normal one.
 _AUTOMATIC = {"dpmpp_2m": "karras", "dpmpp_sde": "karras", "dpmpp_2m_sde": "exponential"}
 _NOISE_SOURCES = {"philox": "NV", "torch": "CPU"}
+_NEUTRAL = {"reuse_interval": 1}  # said only where they do something
 _EMPHASIS = {True: "Original", False: "None"}
 
 
@@ -197,12 +198,15 @@ def _pairs(options: GenerateOptions, model: str | None) -> Iterator[tuple[str, s
         ("eta", "Eta", number),
         ("guidance_rescale", "Guidance rescale", number),
         ("guidance_interval", "Guidance interval", str),
+        ("reuse_interval", "Reuse interval", number),
         ("timestep_spacing", "Timestep spacing", str),
         ("parse_weights", "Emphasis", _EMPHASIS.__getitem__),
         ("noise_source", "RNG", _NOISE_SOURCES.__getitem__),
     )
     for name, key, spell in spellings:
         value = getattr(options, name)
+        if name in _NEUTRAL and value == _NEUTRAL[name]:
+            continue
         if value is not None and not (name == "width" and options.height is None):
             yield key, spell(value)
     if (options.width is None) != (options.height is None):
@@ -305,6 +309,7 @@ _READ: tuple[tuple[tuple[str, ...], Callable[..., dict[str, Any]]], ...] = (
     (("Eta",), _reads("eta", float)),
     (("Guidance rescale",), _reads("guidance_rescale", float)),
     (("Guidance interval",), _reads("guidance_interval", str)),
+    (("Reuse interval",), _reads("reuse_interval", int)),
     (("Timestep spacing",), _reads("timestep_spacing", str)),
     (("Emphasis",), _reads("parse_weights", lambda text: _IS_READ[text.lower()])),
     (("RNG",), _reads("noise_source", lambda text: _NOISE_OF[text.lower()])),

@@ -144,6 +144,13 @@ class GenerateOptions:
     parse_weights: bool = setting(
         bool, "Read (word:1.3), [word] and BREAK in prompts as instructions.", default=True
     )
+    reuse_interval: int = setting(
+        int,
+        "Steps of which only the first computes the deep layers of the UNet; 1 is every step.",
+        default=1,
+        low=1,
+        high=100,
+    )
     noise_source: str = setting(
         str,
         "Where noise comes from: philox draws as a CUDA device does, torch as its CPU generator.",

@@ -27,6 +27,7 @@ from diptych.text_to_image.options import GenerateOptions, parse_interval
 from diptych.text_to_image.orders import Order, Source
 from diptych.text_to_image.previews import DenoisingStep
 from diptych.text_to_image.prompts import PromptPair, encode_prompts
+from diptych.text_to_image.reuse import FeatureReuse
 from diptych.text_to_image.samplers import NoiseSource
 from diptych.text_to_image.schedules import NoiseSchedule, Steps
 from diptych.text_to_image.style import Stylist
@@ -123,6 +124,15 @@ class Painter:
                 "it out, or take one of these"
             )
         return replace(steps, settings={**steps.settings, "eta": options.eta})
+
+    def check(self, options: GenerateOptions) -> None:
+        """Raise `BadInput` or `UnsupportedModel` for what this model cannot be asked for."""
+        self.steps(options)
+        if options.reuse_interval > 1 and "unet_shallow" not in self._networks:
+            raise UnsupportedModel(
+                f"{self._model.name} has no unet_shallow.onnx, which reuse_interval needs: export "
+                "it anew, or load it with runtime='torch'"
+            )
 
     def condition(self, order: Order) -> tuple[Conditioning, Conditioning | None]:
         """Return what the UNet is told for the prompt, and for the negative one if it counts."""
@@ -286,7 +296,15 @@ class Painter:
             guidance_rescale=options.guidance_rescale or 0.0,
             guidance_interval=parse_interval(options.guidance_interval or "0,1"),
             extra=extra,
+            reuse=self._reuse(options),
         )
+
+    def _reuse(self, options: GenerateOptions) -> FeatureReuse | None:
+        """Return what runs the UNet where its deep features are used again."""
+        if options.reuse_interval == 1:
+            return None
+        networks = self._networks
+        return FeatureReuse(networks["unet"], networks["unet_shallow"], options.reuse_interval)
 
     def _kept_by_latents(self, rows: Sequence[Row]) -> NDArray[np.float32] | None:
         """Return the masks [B, 1, h, w] outside of which latents are put back at every step.

@@ -219,10 +219,13 @@ def check_artifact(document: Mapping[str, Any], task: str) -> None:
 
 
 def networks_of(
-    folder: Path, entries: Mapping[str, Any], wanted: frozenset[str]
+    folder: Path,
+    entries: Mapping[str, Any],
+    wanted: frozenset[str],
+    optional: frozenset[str] = frozenset(),
 ) -> dict[str, Path]:
     """Return the ONNX files that an artifact states, each there and with a hash."""
-    if set(entries) != wanted:
+    if set(entries) - optional != wanted:
         raise UnsupportedModel(f"artifact.json does not name {' and '.join(sorted(wanted))}")
     found = {}
     for network, entry in sorted(entries.items()):

@@ -340,7 +340,10 @@ def _describe_artifact(
         tokenizers=_tokenizers(folder, texts),
         weights=_weights(folder, configs, variant) if has_checkpoint else {},
         layout="diffusers",
-        networks=networks_of(folder, object_in(document, "networks"), _NETWORKS | frozenset(texts)),
+        networks=networks_of(
+            *(folder, object_in(document, "networks"), _NETWORKS | frozenset(texts)),
+            optional=frozenset({"unet_shallow"}),
+        ),
         precision=precision_of(document.get("precision")),
         defaults={**_defaults(configs), **_stated_defaults(document)},
         force_zeros_for_empty_prompt=document.get("force_zeros_for_empty_prompt") is True,
