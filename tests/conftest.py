@@ -41,6 +41,13 @@ def _is_local(host: Any) -> bool:
         return False
 
 
+@pytest.fixture(autouse=True)
+def _no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare exports the two processes that measure them, but for tests about these."""
+    if "figures" not in request.keywords:
+        monkeypatch.setattr("diptych.runtimes.conversion._add_figures", lambda *_: None)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _no_network() -> Iterator[None]:
     """Let sockets reach this machine only; names of other machines are not looked up either."""

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from diptych.cli import (
+    bench,
     caption,
     edit,
     evaluate,
@@ -45,6 +46,7 @@ app.command()(edit.inpaint)
 app.command()(edit.stylize)
 app.command()(models.export)
 app.command()(models.models)
+app.command()(bench.bench)
 evaluate.app.command("images")(evaluate_images.evaluate_images)
 evaluate.app.command("style")(evaluate_style.evaluate_style)
 app.add_typer(evaluate.app, name="evaluate")

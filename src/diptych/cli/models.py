@@ -54,6 +54,9 @@ def export(
         typer.Option(help="Text whose words the edge profile keeps, in place of its own."),
     ] = None,
     revision: Revision = None,
+    measure: Annotated[
+        bool, typer.Option(help="Measure size, memory and speed before and after.")
+    ] = True,
     force: Annotated[
         bool,
         typer.Option("--force", help="Keep an export under its bound; replace files in a folder."),
@@ -82,6 +85,7 @@ def export(
         words=None if words is None else _words_in(words),
         revision=revision,
         force=force,
+        measure=measure,
         judge=judge,
     )
     print(json.dumps(found, indent=2))

@@ -13,10 +13,10 @@ from diptych.runtimes.storage import PRECISIONS
 from diptych.weights import catalog
 from diptych.weights.bounded_json import Rejected, read_object
 from diptych.weights.diffusion import GeneratorFolder, resolve_generator
-from diptych.weights.files import ModelFolder
+from diptych.weights.files import ModelFolder, describe
 from diptych.weights.hub import resolve
 
-__all__ = ["PROFILES", "export", "export_model"]
+__all__ = ["PROFILES", "export", "export_model", "tasks_of"]
 
 PROFILES = ("edge",)
 Judge = Callable[[ModelFolder, ModelFolder], dict[str, Any]]
@@ -36,6 +36,7 @@ def export(
     words: Sequence[str] | None = None,
     revision: str | None = None,
     force: bool = False,
+    measure: bool = True,
     judge: Judge | None = None,
 ) -> dict[str, Any]:
     """Write a model as ONNX graphs that run without torch, held against it; needs the export extra.
@@ -44,9 +45,10 @@ def export(
     from the model where it is None; the name "default" means the captioner then. `quantize` stores
     weights smaller: None, "fp16", "int8" or "int4". `profile` "edge" makes a captioner as small as
     it goes: int4, the vocabulary cut to what captions use (or `words`), in all under 100 MB.
-    `images` are pictures to compare captions on. Returns the content of `export.json`. Raises
-    `BadInput` for a folder that holds something, and `QualityLoss` where a smaller model falls
-    under its bound, unless `force`.
+    `images` are pictures to compare captions on. With `measure` the model and its export run in a
+    process each, for size, memory and speed before and after. Returns the content of `export.json`.
+    Raises `BadInput` for a folder that holds something, and `QualityLoss` where a smaller model
+    falls under its bound, unless `force`.
     """
     found: ModelFolder | GeneratorFolder
     if task is not None and task not in catalog.TASKS:
@@ -72,6 +74,7 @@ def export(
         images=images,
         words=words,
         force=force,
+        measure=measure,
         judge=judge,
     )
 
@@ -85,6 +88,7 @@ def export_model(
     images: Sequence[ImageInput] | None = None,
     words: Sequence[str] | None = None,
     force: bool = False,
+    measure: bool = True,
     judge: Judge | None = None,
 ) -> dict[str, Any]:
     """Export what was already found; see `export`."""
@@ -100,8 +104,29 @@ def export_model(
     if isinstance(model, GeneratorFolder):
         if images is not None or words is not None or profile is not None:
             raise BadInput(f"{model.name} draws pictures: leave images, words and profile out")
-        return _export_generator(model, folder, quantize, force)
-    return _export_captioner(model, folder, quantize, profile, images, words, force, judge)
+        report = _export_generator(model, folder, quantize, force)
+    else:
+        report = _export_captioner(model, folder, quantize, profile, images, words, force, judge)
+    if measure:
+        _add_figures(report, model, Path(folder))
+    return report
+
+
+def _add_figures(
+    report: dict[str, Any], model: ModelFolder | GeneratorFolder, folder: Path
+) -> None:
+    """Add what model and artifact cost, each in a fresh process, to the report and its file."""
+    from diptych.runtimes.artifact import write_json
+    from diptych.runtimes.figures import measure
+
+    made = resolve_generator(folder) if isinstance(model, GeneratorFolder) else describe(folder)
+    report["measured"] = {
+        "before": measure(model, "torch"),
+        "after": measure(made, "onnxruntime"),
+    }
+    beside = folder / ".export.json.partial"
+    write_json(beside, report)
+    beside.replace(folder / "export.json")
 
 
 def _quantize_artifact(
@@ -179,6 +204,15 @@ def _export_generator(
     return export_generator(
         modules, model, folder, precision=quantize or PRECISIONS[0], force=force
     )
+
+
+def tasks_of(model: str | Path, task: str | None = None) -> tuple[str, ...]:
+    """Tell what a model is for; both tasks for "default". `task` decides where it is given."""
+    if task is not None and task not in catalog.TASKS:
+        raise BadInput(f"task is {task!r}: give {' or '.join(catalog.TASKS)}")
+    if task is None and str(model) == catalog.DEFAULT:
+        return (catalog.CAPTIONS, catalog.PICTURES)
+    return (task or _task_of(model) or catalog.CAPTIONS,)
 
 
 def _task_of(model: str | Path) -> str | None:
