@@ -61,7 +61,7 @@ def swap_scheduler(
         scheduler = _with_brownian(scheduler, noise)
     elif hasattr(module, "randn_tensor"):
         monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: _drawn(noise, shape))
-    pipeline.scheduler = scheduler
+    monkeypatch.setattr(pipeline, "scheduler", scheduler)  # its own is back after the test
 
 
 def _drawn(noise: NoiseSource, shape: Any) -> Any:

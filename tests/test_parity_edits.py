@@ -6,6 +6,7 @@ what we do, the mean and the noise that is given.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,23 +64,30 @@ def box_mask(size: tuple[int, int] = (WIDTH, HEIGHT)) -> Image.Image:
     return Image.fromarray(mask)
 
 
+@cache
+def open_reference(folder: Path, task: str) -> Any:
+    xl = "XL" if "sdxl" in folder.name else ""
+    words: dict[str, Any] = {} if xl else {"safety_checker": None}
+    kind = getattr(diffusers, f"StableDiffusion{xl}{task}Pipeline")
+    pipeline = kind.from_pretrained(folder, low_cpu_mem_usage=False, **words)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def reference(folder: Path, task: str, sampler: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Open diffusers' pipeline of a task with our sampler, our noise, and no other chance."""
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-    xl = "XL" if "sdxl" in folder.name else ""
-    kind = getattr(diffusers, f"StableDiffusion{xl}{task}Pipeline")
-    words: dict[str, Any] = {} if xl else {"safety_checker": None}
-    with_warnings = kind.from_pretrained(folder, low_cpu_mem_usage=False, **words)
-    with_warnings.set_progress_bar_config(disable=True)
-    swap_scheduler(with_warnings, sampler, [5], monkeypatch)
+    pipeline = open_reference(folder, task)
+    swap_scheduler(pipeline, sampler, [5], monkeypatch)
     monkeypatch.setattr(
         DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mean
     )
     import sys
 
-    monkeypatch.setattr(sys.modules[kind.__module__], "randn_tensor", lambda *_, **__: noise())
-    return with_warnings
+    module = sys.modules[type(pipeline).__module__]
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: noise())
+    return pipeline
 
 
 # Image to image ---------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 from diptych import ImageGenerator
 from reference_schedulers import SCHEDULERS, swap_scheduler
 from tiny_pipelines import FAMILIES, make_pipeline, make_tokenizer
+from traced import traced_once
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -44,6 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return of
 
 
+@cache
 def load_reference(folder: Path) -> Any:
     words: dict[str, Any] = {} if "xl" in folder.name else {"safety_checker": None}
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, low_cpu_mem_usage=False, **words)
@@ -51,6 +54,7 @@ def load_reference(folder: Path) -> Any:
     return pipeline
 
 
+@cache
 def load(path: Path) -> ImageGenerator:
     return ImageGenerator.load(path, runtime="torch", device="cpu", dtype="float32")
 
@@ -186,7 +190,11 @@ FEW += [("sd1", "ddim", 1.0), ("sd2", "dpmpp_2m", 1.0), ("sdxl", "euler", 1.0)]
 ALL = [case for case in product(FAMILIES, SAMPLERS, (7.5, 1.0)) if case not in FEW]
 
 
-@pytest.mark.parametrize(("family", "sampler", "guidance_scale"), FEW)
+@pytest.mark.parametrize(
+    ("family", "sampler", "guidance_scale"),
+    # Coverage follows one of each family: the samplers have tests of their own.
+    [*FEW[:3], *(pytest.param(*case, marks=pytest.mark.no_cover) for case in FEW[3:])],
+)
 def test_pictures(
     folder: Callable[[str], Path],
     family: str,
@@ -197,6 +205,7 @@ def test_pictures(
     compare(folder(family), sampler, guidance_scale, monkeypatch)
 
 
+@pytest.mark.no_cover
 def test_a_batch_with_fresh_noise_in_every_step(
     folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,7 +225,7 @@ def test_all_pictures(
     compare(folder(family), sampler, guidance_scale, monkeypatch)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", traced_once(FAMILIES))
 def test_the_sampler_of_the_checkpoint_is_the_default(
     folder: Callable[[str], Path], family: str
 ) -> None:
@@ -227,6 +236,7 @@ def test_the_sampler_of_the_checkpoint_is_the_default(
     assert psnr(found.image, expected.images[0]) >= 40
 
 
+@pytest.mark.no_cover  # weights/test_diffusion.py reads such files, too
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pictures_from_a_single_file(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -255,7 +265,7 @@ def test_another_noise_is_another_picture(folder: Callable[[str], Path]) -> None
     assert psnr(one.image, other_words.image) < 40
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", traced_once(FAMILIES))
 def test_a_picture_is_the_same_in_any_batch(folder: Callable[[str], Path], family: str) -> None:
     """Alone on one row or between others: matrices of another shape add up in other orders."""
     ours = load(folder(family))

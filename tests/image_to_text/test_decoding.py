@@ -26,6 +26,7 @@ from diptych.errors import BadInput, DiptychError
 from diptych.image_to_text import decoding
 from diptych.image_to_text.decoding import Hypothesis, search, search_steps, settled, stream
 from diptych.image_to_text.options import CaptionOptions, SearchOptions
+from traced import traced_once
 
 IMAGE_SIZE = 8
 POSITIONS = 48
@@ -245,7 +246,7 @@ def compare_one(seed: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return [len(found.token_ids) for image in ours for found in image]
 
 
-@pytest.mark.parametrize("block", range(8))
+@pytest.mark.parametrize("block", traced_once(range(8)))
 def test_same_tokens_as_transformers(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [compare_one(20 * block + i, monkeypatch) for i in range(20)]
     assert len({length for case in lengths for length in case}) > 5, "captions of many lengths"
@@ -475,6 +476,7 @@ def test_filters_equal_those_of_transformers(seed: int) -> None:
     np.testing.assert_allclose(ours, expected, rtol=1e-6)
 
 
+@pytest.mark.no_cover  # thousands of draws
 def test_draws_follow_the_filtered_distribution() -> None:
     logits = np.array([2.0, 1.5, 1.0, 0.5, 0.0, -3.0], np.float32)
     words = {"temperature": 0.8, "top_k": 5, "top_p": 0.92, "seed": 1, "max_new_tokens": 1}
