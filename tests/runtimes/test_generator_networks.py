@@ -75,7 +75,9 @@ def expected_of(modules: dict[str, Any]) -> list[np.ndarray]:
 
 def test_networks_give_what_the_modules_give(modules: dict[str, nn.Module]) -> None:
     networks = generator_networks(modules)
-    assert set(networks) == {"text_encoder", "unet", "vae_encoder", "vae_decoder"}
+    assert set(networks) == {
+        *("text_encoder", "unet", "unet_shallow", "vae_encoder", "vae_decoder")
+    }
     assert (networks.runtime, networks.device, networks.dtype) == ("torch", "cpu", "float32")
     assert networks.modules is modules
     for found, expected in zip(run_all(networks), expected_of(modules), strict=True):
@@ -103,9 +105,13 @@ def test_timesteps_are_not_rounded(modules: dict[str, nn.Module]) -> None:
     narrow = {name: copy.deepcopy(module).bfloat16() for name, module in modules.items()}
     networks = generator_networks(narrow)
     seen = []
-    narrow["unet"].register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True
-    )
+    predict = narrow["unet"].predict
+
+    def watched(**arrays: Any) -> Any:
+        seen.append(arrays["timestep"])
+        return predict(**arrays)
+
+    narrow["unet"].predict = watched
     given = {"latents": noise(1, 4, 8, 8), "encoder_hidden_states": noise(1, 3, 32)}
     networks["unet"](timestep=np.array([999.0]), **given)
     assert seen[0].dtype == torch.float32 and seen[0].item() == 999.0  # bfloat16 says 1000
