@@ -1,4 +1,7 @@
-"""The command line as a person meets it: real processes, exit codes, streams."""
+"""The command line as a person meets it: exit codes and streams.
+
+Real processes where streams, signals or the start matter; `told` calls the same in this one.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import diptych
+from command_line import Done, call
 from diptych import Captioner
 from tiny_models import make_captioner, make_photo
 
@@ -52,39 +58,51 @@ def run(
     )
 
 
+@pytest.fixture
+def told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Done]:
+    """Return `diptych` as a function of its arguments."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    return partial(call, monkeypatch, capsys)
+
+
 def test_one_photo_prints_its_caption_and_nothing_else(model: Path, photos: Path) -> None:
     done = run("caption", photos / "a.png", "--model", model)
     expected = Captioner.load(model).caption(photos / "a.png").text
     assert (done.returncode, done.stdout, done.stderr) == (0, expected + "\n", "")
 
 
-def test_folder_glob_and_stdin(model: Path, photos: Path) -> None:
-    folder = run("caption", photos, "--model", model)
-    assert folder.returncode == 0
-    assert [line.split(": ")[0] for line in folder.stdout.splitlines()] == [
+def test_folder_glob_and_stdin(told: Callable[..., Done], model: Path, photos: Path) -> None:
+    folder = told("caption", photos, "--model", model)
+    assert folder.code == 0
+    assert [line.split(": ")[0] for line in folder.out.splitlines()] == [
         str(photos / name) for name in ("a.png", "b.jpg", "sub/c.webp")
     ]
-    glob = run("caption", f"{photos}/*.[pj]*g", "--model", model)
-    assert glob.stdout.splitlines() == folder.stdout.splitlines()[:2]
+    glob = told("caption", f"{photos}/*.[pj]*g", "--model", model)
+    assert glob.out.splitlines() == folder.out.splitlines()[:2]
     piped = run("caption", "-", "--model", model, stdin=(photos / "a.png").read_bytes())
-    assert folder.stdout.startswith(f"{photos / 'a.png'}: {piped.stdout.strip()}")
+    assert folder.out.startswith(f"{photos / 'a.png'}: {piped.stdout.strip()}")
 
 
-def test_json_and_jsonl(model: Path, photos: Path) -> None:
-    lines = run("caption", photos, "-m", model, "-f", "jsonl", "--num-beams", 2).stdout
+def test_json_and_jsonl(told: Callable[..., Done], model: Path, photos: Path) -> None:
+    lines = told("caption", photos, "-m", model, "-f", "jsonl", "--num-beams", 2).out
     records = [json.loads(line) for line in lines.splitlines()]
     assert len(records) == 3
     assert {"file", "text", "probability", "score", "token_ids", "seconds"} <= records[0].keys()
-    whole = json.loads(run("caption", photos, "-m", model, "-f", "json", "--num-beams", 2).stdout)
+    whole = json.loads(told("caption", photos, "-m", model, "-f", "json", "--num-beams", 2).out)
     assert [r["text"] for r in whole] == [r["text"] for r in records]
-    several = run(
+    several = told(
         "caption", photos / "a.png", "-m", model, "-f", "jsonl", "--num-beams", 3,
         "--num-return-sequences", 3,
     )  # fmt: skip
-    assert len(json.loads(several.stdout)["alternatives"]) == 2
+    assert len(json.loads(several.out)["alternatives"]) == 2
 
 
-def test_a_broken_file_never_loses_the_others(model: Path, photos: Path, tmp_path: Path) -> None:
+def test_a_broken_file_never_loses_the_others(
+    told: Callable[..., Done], model: Path, photos: Path, tmp_path: Path
+) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"\xff\xd8\xff broken")
     done = run(
@@ -94,9 +112,9 @@ def test_a_broken_file_never_loses_the_others(model: Path, photos: Path, tmp_pat
     assert len(done.stdout.splitlines()) == 2
     assert "broken.jpg" in done.stderr and "gone.png" in done.stderr
     assert len(done.stderr.splitlines()) == 2
-    records = run("caption", broken, photos / "a.png", "-m", model, "-f", "json")
-    assert ["error" in record for record in json.loads(records.stdout)] == [True, False]
-    assert run("caption", broken, "-m", model).returncode == 1
+    records = told("caption", broken, photos / "a.png", "-m", model, "-f", "json")
+    assert ["error" in record for record in json.loads(records.out)] == [True, False]
+    assert told("caption", broken, "-m", model).code == 1
 
 
 @pytest.mark.parametrize(
@@ -117,22 +135,35 @@ def test_a_broken_file_never_loses_the_others(model: Path, photos: Path, tmp_pat
     ],
 )
 def test_mistakes_get_one_clear_line(
-    model: Path, photos: Path, arguments: list[str], code: int, words: str
+    told: Callable[..., Done],
+    model: Path,
+    photos: Path,
+    arguments: list[str],
+    code: int,
+    words: str,
 ) -> None:
     filled = [{"PHOTO": str(photos / "a.png"), "PHOTOS": str(photos)}.get(a, a) for a in arguments]
     if "caption" in filled and "--model" not in filled and len(filled) > 1:
         filled += ["--model", str(model)]
-    done = run(*filled)
-    assert done.returncode == code, done.stderr
-    assert words in done.stderr and "Traceback" not in done.stderr
-    assert done.stdout == ""
+    done = told(*filled)
+    assert done.code == code, done.err
+    assert words in done.err and "Traceback" not in done.err
+    assert done.out == ""
 
 
-def test_heatmap_is_a_picture(model: Path, photos: Path, tmp_path: Path) -> None:
+def test_a_mistake_in_a_process_of_its_own() -> None:
+    done = run("caption", "x.png", "--num-beans", "3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--num-beans" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_heatmap_is_a_picture(
+    told: Callable[..., Done], model: Path, photos: Path, tmp_path: Path
+) -> None:
     from PIL import Image
 
-    done = run("caption", photos / "a.png", "-m", model, "--heatmap", tmp_path / "heat.png")
-    assert done.returncode == 0, done.stderr
+    done = told("caption", photos / "a.png", "-m", model, "--heatmap", tmp_path / "heat.png")
+    assert done.code == 0, done.err
     with Image.open(tmp_path / "heat.png") as image:
         assert image.width >= 50 and image.height >= 40
 
@@ -167,16 +198,18 @@ def test_a_reader_that_leaves_is_no_error(model: Path, photos: Path) -> None:
     assert done.returncode == 0 and done.stderr == b""
 
 
-def test_version_and_models() -> None:
+def test_version_and_models(told: Callable[..., Done]) -> None:
     assert run("--version").stdout == f"diptych {diptych.__version__}\n"
-    listed = run("models")
-    assert listed.returncode == 0 and "default" in listed.stdout
-    assert "nlpconnect/vit-gpt2-image-captioning" in listed.stdout
-    records = json.loads(run("models", "--format", "json").stdout)
+    listed = told("models")
+    assert listed.code == 0 and "default" in listed.out
+    assert "nlpconnect/vit-gpt2-image-captioning" in listed.out
+    records = json.loads(told("models", "--format", "json").out)
     assert {"name", "licence", "source"} <= records[0].keys()
 
 
-def test_evaluate_captions(model: Path, photos: Path, tmp_path: Path) -> None:
+def test_evaluate_captions(
+    told: Callable[..., Done], model: Path, photos: Path, tmp_path: Path
+) -> None:
     rows = [
         {"file": "a.png", "captions": ["a dog runs", "a brown dog"], "split": "test"},
         {"file": "b.jpg", "captions": ["two birds", "birds in snow"], "split": "test"},
@@ -184,23 +217,23 @@ def test_evaluate_captions(model: Path, photos: Path, tmp_path: Path) -> None:
     ]
     references = photos / "captions.jsonl"
     references.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    made = run("caption", photos, "-m", model, "-f", "jsonl")
-    (tmp_path / "made.jsonl").write_text(made.stdout)
-    by_model = run("evaluate", "captions", references, "-m", model, "-f", "json")
-    by_file = run(
+    made = told("caption", photos, "-m", model, "-f", "jsonl")
+    (tmp_path / "made.jsonl").write_text(made.out)
+    by_model = told("evaluate", "captions", references, "-m", model, "-f", "json")
+    by_file = told(
         "evaluate", "captions", references, "--captions", tmp_path / "made.jsonl", "-f", "json"
     )
-    assert by_model.returncode == 0, by_model.stderr
-    assert json.loads(by_model.stdout) == json.loads(by_file.stdout)
+    assert by_model.code == 0, by_model.err
+    assert json.loads(by_model.out) == json.loads(by_file.out)
     perfect = "".join(
         json.dumps({"file": r["file"], "text": r["captions"][0]}) + "\n" for r in rows[:2]
     )
     (tmp_path / "perfect.jsonl").write_text(perfect)
-    done = run(
+    done = told(
         "evaluate", "captions", references, "--split", "test",
         "--captions", tmp_path / "perfect.jsonl", "-f", "json",
     )  # fmt: skip
-    scores = json.loads(done.stdout)
+    scores = json.loads(done.out)
     assert scores["num_images"] == 2 and scores["bleu_1"] == pytest.approx(1)
     assert scores["cider_d"] > scores["blind"]["cider_d"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
@@ -10,24 +9,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from command_line import Done, call
 from diptych import ImageGenerator
-from diptych.cli import main
 from fake_generator import SIDE, make_generator
 
 TESTS = Path(__file__).resolve().parent
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 Run = Callable[..., Done]
@@ -39,15 +33,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ImageGenerator, "load", lambda *_, **__: make_generator())
 
-    def call(*arguments: object, stdin: bytes = b"") -> Done:
-        monkeypatch.setattr(sys, "argv", ["diptych", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return Done(int(ended.value.code or 0), out, err)
-
-    return call
+    return partial(call, monkeypatch, capsys)
 
 
 def colour(path: Path | str) -> str:
