@@ -152,7 +152,9 @@ class OnnxDecoder:
         self._layers = _count(self._session.outputs, "present_key_")
         _, self._heads, _, self._head_size = self._session.shape("past_key_0")
         self._vocab_size = self._session.shape("logits")[1]
-        self._image_tokens = self._session.shape("image_attention")[2]
+        # Of a picture's keys where there are any: not every runtime infers what is made of them.
+        shows = "image_attention" if self._bridge == "prefix_embeds" else "cross_key_0"
+        self._image_tokens = self._session.shape(shows)[2]
         self._straight: tuple[Any, Any] = (None, None)
 
     def __call__(self, wanted: Sequence[str] | None = None, /, **arrays: Any) -> tuple[Any, ...]:
