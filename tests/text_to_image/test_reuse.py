@@ -1,4 +1,4 @@
-"""Deep features used again: which steps compute them, and what the others are given."""
+"""Deep features used again: which steps compute them, what the others get. And merged tokens."""
 
 from __future__ import annotations
 
@@ -115,6 +115,16 @@ def test_a_run_is_a_loop_by_hand(folders: tuple[Path, Path]) -> None:
         expected = latents - (output[:1] + (output[1:] - output[:1]) * 3.0) * sigma
         torch.testing.assert_close(step.denoised, expected, atol=1e-3, rtol=1e-3)
         latents = step.latents
+
+
+def test_tokens_are_merged_in_torch_only(folders: tuple[Path, Path]) -> None:
+    generator, onnx = (ImageGenerator.load(folder) for folder in folders)
+    plain = generator.generate("a red door", **WORDS)
+    none = generator.generate("a red door", token_merging_ratio=0.0, **WORDS)
+    some = generator.generate("a red door", token_merging_ratio=0.5, reuse_interval=2, **WORDS)
+    assert none.image.tobytes() == plain.image.tobytes() != some.image.tobytes()
+    with pytest.raises(UnsupportedModel, match="token_merging_ratio needs runtime='torch'"):
+        onnx.generate("a red door", token_merging_ratio=0.5, **WORDS)
 
 
 def test_onnx_files_draw_the_same(folders: tuple[Path, Path]) -> None:

@@ -89,7 +89,7 @@ def inpaint(
 NOT_OF_STYLE = (
     *("strength", "num_inference_steps", "seed", "num_images_per_prompt", "sampler", "schedule"),
     *("timestep_spacing", "eta", "noise_source", "guidance_rescale", "guidance_interval"),
-    "reuse_interval",
+    *("reuse_interval", "token_merging_ratio"),
 )
 
 

@@ -19,6 +19,7 @@ from diptych.models.layers import (
     to_map,
     to_tokens,
 )
+from diptych.models.token_merging import TokenMerging
 
 __all__ = [
     "DEEP_FEATURES",
@@ -74,6 +75,12 @@ class UNetConfig:
     addition_time_embed_dim: int | None = None  # 256 for SDXL
     projection_class_embeddings_input_dim: int | None = None  # 2816 for SDXL
     time_cond_proj_dim: int | None = None  # 256 for LCM: the guidance scale enters the network
+
+    @property
+    def finest_attention(self) -> int:
+        """Return the finest level that has attention; -1 where none has."""
+        both = zip(self.down_attention, self.up_attention or self.down_attention, strict=True)
+        return next((level for level, has in enumerate(both) if any(has)), -1)
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -155,35 +162,45 @@ class UNet(nn.Module):
         query_preservation: Tensor | None = None,
         attention_temperature: Tensor | None = None,
         deep_features: Tensor | None = None,
+        token_merging_ratio: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """Return what `forward` does and the `deep_features` [B, C, h, w], what the last block got.
 
         They change little from one step to the next (Ma et al. 2023, DeepCache): with those of an
-        earlier step only the last block runs.
+        earlier step only the last block runs. `token_merging_ratio` is the share of points that
+        the self-attentions of the finest level do without, not with style.
         """
         styles = self._styles(key_rows, query_rows, query_preservation, attention_temperature)
         time = self._embed_time(latents, timestep, text_embeds, time_ids, timestep_cond)
         first = self.conv_in(latents)
+        merged = [0.0] * len(self.up_blocks)
+        if self.config.finest_attention >= 0:
+            merged[self.config.finest_attention] = token_merging_ratio
         if deep_features is None:
-            deep_features = self._deepen(first, time, encoder_hidden_states, styles)
-        last = self.up_blocks[-1]
-        hidden = last(deep_features, [first], time, encoder_hidden_states, styles, start=-1)
+            deep_features = self._deepen(first, time, encoder_hidden_states, styles, merged)
+        rest = (time, encoder_hidden_states, styles, merged[0])
+        hidden = self.up_blocks[-1](deep_features, [first], *rest, start=-1)
         noise_pred: Tensor = self.conv_out(F.silu(self.conv_norm_out(hidden)))
         return noise_pred, deep_features
 
     def _deepen(
-        self, first: Tensor, time: Tensor, context: Tensor, styles: Iterator[Style]
+        self,
+        first: Tensor,
+        time: Tensor,
+        context: Tensor,
+        styles: Iterator[Style],
+        merged: Sequence[float],
     ) -> Tensor:
-        """Run all but the last block."""
+        """Run all but the last block; `merged` is the share of tokens to merge by level."""
         hidden, skips = first, [first]
-        for block in self.down_blocks:
-            hidden, found = block(hidden, time, context)
+        for block, ratio in zip(self.down_blocks, merged, strict=True):
+            hidden, found = block(hidden, time, context, ratio)
             skips += found
         hidden = self.mid_block(hidden, time, context)
         *coarser, finest = self.up_blocks
-        for block in coarser:
-            hidden = block(hidden, skips, time, context, styles)
-        deep: Tensor = finest(hidden, skips, time, context, styles, stop=-1)
+        for block, ratio in zip(coarser, reversed(merged[1:]), strict=True):
+            hidden = block(hidden, skips, time, context, styles, ratio)
+        deep: Tensor = finest(hidden, skips, time, context, styles, merged[0], stop=-1)
         return deep
 
     def _styles(
@@ -303,13 +320,15 @@ class DownBlock(nn.Module):
         self.attentions = nn.ModuleList(attentions)
         self.downsamplers = nn.ModuleList([] if downsampler is None else [downsampler])
 
-    def forward(self, hidden: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, hidden: Tensor, time: Tensor, context: Tensor, merged: float = 0.0
+    ) -> tuple[Tensor, list[Tensor]]:
         """Return the coarser map and every map on the way to it."""
         found = []
         for index, resnet in enumerate(self.resnets):
             hidden = resnet(hidden, time)
             if self.attentions:
-                hidden = self.attentions[index](hidden, context)
+                hidden = self.attentions[index](hidden, context, merged=merged)
             found.append(hidden)
         for downsampler in self.downsamplers:
             hidden = downsampler(hidden)
@@ -353,6 +372,7 @@ class UpBlock(nn.Module):
         time: Tensor,
         context: Tensor,
         styles: Iterator[Style],
+        merged: float = 0.0,
         start: int = 0,
         stop: int | None = None,
     ) -> Tensor:
@@ -363,7 +383,7 @@ class UpBlock(nn.Module):
         for index in range(len(self.resnets))[start:stop]:
             hidden = self.resnets[index](torch.cat([hidden, skips.pop()], dim=1), time)
             if self.attentions:
-                hidden = self.attentions[index](hidden, context, next(styles, None))
+                hidden = self.attentions[index](hidden, context, next(styles, None), merged)
         for upsampler in self.upsamplers:
             # An odd edge was rounded up on the way down: double to what the skip has, not by two.
             hidden = upsampler(hidden, skips[-1].shape[-2:])
@@ -405,7 +425,9 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = _projection(channels, is_linear)
 
-    def forward(self, hidden: Tensor, context: Tensor, style: Style | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, context: Tensor, style: Style | None = None, merged: float = 0.0
+    ) -> Tensor:
         residual, size = hidden, hidden.shape[-2:]
         hidden = self.norm(hidden)
         # The two kinds of checkpoints store the same projection as a 1x1 convolution or a matrix.
@@ -414,7 +436,7 @@ class SpatialTransformer(nn.Module):
         else:
             tokens = to_tokens(self.proj_in(hidden))
         for block in self.transformer_blocks:
-            tokens = block(tokens, context, style)
+            tokens = block(tokens, context, style, merged, size)
         if self.is_linear:
             hidden = to_map(self.proj_out(tokens), size)
         else:
@@ -436,8 +458,21 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = GegluFeedForward(width)
 
-    def forward(self, tokens: Tensor, context: Tensor, style: Style | None = None) -> Tensor:
-        tokens = tokens + self.attn1(self.norm1(tokens), style=style)
+    def forward(
+        self,
+        tokens: Tensor,
+        context: Tensor,
+        style: Style | None = None,
+        merged: float = 0.0,
+        size: Sequence[int] = (),
+    ) -> Tensor:
+        """Attend; `merged` is the share of points, on a map of `size`, to merge at first."""
+        normed = self.norm1(tokens)
+        if merged and min(size) > 1:
+            merging = TokenMerging(normed, size, merged)
+            tokens = tokens + merging.unmerge(self.attn1(merging.merge(normed)))
+        else:
+            tokens = tokens + self.attn1(normed, style=style)
         tokens = tokens + self.attn2(self.norm2(tokens), context)
         tokens = tokens + self.ff(self.norm3(tokens))
         return tokens

@@ -152,7 +152,7 @@ class TorchNetwork:
             return tuple(each.float() for each in self._call(module, placed))
 
     def _place(self, name: str, array: Any, dtype: torch.dtype) -> Any:
-        if array is None or isinstance(array, int):
+        if array is None or isinstance(array, int | float):
             return array
         tensor = torch.as_tensor(array, device=self._stage.device)
         if name == "input_ids":

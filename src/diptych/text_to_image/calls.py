@@ -39,7 +39,7 @@ Options = TypeVar("Options", bound=GenerateOptions)
 Images = ImageInput | Sequence[ImageInput] | Iterator[ImageInput]
 
 # It guides three rows of its own, each step as the one before.
-_NOT_OF_STYLE = {"guidance_interval": None, "reuse_interval": 1}
+_NOT_OF_STYLE = {"guidance_interval": None, "reuse_interval": 1, "token_merging_ratio": 0.0}
 
 
 class Calls:

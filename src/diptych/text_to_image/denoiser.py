@@ -54,13 +54,15 @@ def build_denoiser(
     one_by_one: bool = False,
     extra: Sequence[Array] = (),
     reuse: FeatureReuse | None = None,
+    token_merging_ratio: float = 0.0,
 ) -> Denoise:
     """Compose the denoiser of an ordinary run: prediction, guidance, and LCM's boundary.
 
     A network that takes `timestep_cond` in `conditioning` is guided by it already: give no
     `negative`.
     """
-    eps = EpsDenoiser(unet, steps, conditioning, prediction_type, extra, reuse)
+    settings = {"token_merging_ratio": token_merging_ratio} if token_merging_ratio else {}
+    eps = EpsDenoiser(unet, steps, conditioning, prediction_type, extra, reuse, settings)
     denoise: Denoise = eps
     if negative is not None and guidance_scale > 1:
         denoise = Guided(
@@ -74,8 +76,8 @@ class EpsDenoiser:
     """Predict the clean latent by a network that predicts noise, velocity or the latent itself.
 
     `conditioning` holds the network's other inputs, `B …` each; `extra` are further channels
-    `B c h w` of a 9-channel network, in order; `reuse` runs the network instead, where it is given.
-    Answers are float32 whatever the network runs in.
+    `B c h w` of a 9-channel network, in order; `reuse` runs the network instead, where it is given;
+    `settings` are numbers that it takes besides. Answers are float32 whatever the network runs in.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class EpsDenoiser:
         prediction_type: str = "epsilon",
         extra: Sequence[Array] = (),
         reuse: FeatureReuse | None = None,
+        settings: Mapping[str, float] | None = None,
     ) -> None:
         if prediction_type not in PREDICTION_TYPES:
             choices = ", ".join(PREDICTION_TYPES)
@@ -96,6 +99,7 @@ class EpsDenoiser:
         self.prediction_type = prediction_type
         self.extra = tuple(extra)
         self.reuse = reuse
+        self.settings = dict(settings or {})
 
     def __call__(self, latents: Array, sigma: float) -> Array:
         return self.to_denoised(latents, sigma, self.predict(latents, sigma))
@@ -116,7 +120,7 @@ class EpsDenoiser:
         if len(context) > len(fed):
             fed = concatenate([fed] * (len(context) // len(fed)), 0)
         timestep = _filled(len(fed), self.steps.timestep(sigma), like=fed)
-        inputs = {"latents": fed, "timestep": timestep, **conditioning}
+        inputs = {"latents": fed, "timestep": timestep, **conditioning, **self.settings}
         if self.reuse is not None:
             return _float32(self.reuse.predict(sigma, inputs))
         (output,) = self.unet(**inputs)

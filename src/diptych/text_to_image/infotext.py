@@ -56,7 +56,7 @@ _SCHEDULES = {
 # What "Automatic" stands for, where it is not the normal one.
 _AUTOMATIC = {"dpmpp_2m": "karras", "dpmpp_sde": "karras", "dpmpp_2m_sde": "exponential"}
 _NOISE_SOURCES = {"philox": "NV", "torch": "CPU"}
-_NEUTRAL = {"reuse_interval": 1}  # said only where they do something
+_NEUTRAL = {"reuse_interval": 1, "token_merging_ratio": 0}  # said only where they do something
 _EMPHASIS = {True: "Original", False: "None"}
 
 
@@ -199,6 +199,7 @@ def _pairs(options: GenerateOptions, model: str | None) -> Iterator[tuple[str, s
         ("guidance_rescale", "Guidance rescale", number),
         ("guidance_interval", "Guidance interval", str),
         ("reuse_interval", "Reuse interval", number),
+        ("token_merging_ratio", "Token merging ratio", number),
         ("timestep_spacing", "Timestep spacing", str),
         ("parse_weights", "Emphasis", _EMPHASIS.__getitem__),
         ("noise_source", "RNG", _NOISE_SOURCES.__getitem__),
@@ -310,6 +311,7 @@ _READ: tuple[tuple[tuple[str, ...], Callable[..., dict[str, Any]]], ...] = (
     (("Guidance rescale",), _reads("guidance_rescale", float)),
     (("Guidance interval",), _reads("guidance_interval", str)),
     (("Reuse interval",), _reads("reuse_interval", int)),
+    (("Token merging ratio",), _reads("token_merging_ratio", float)),
     (("Timestep spacing",), _reads("timestep_spacing", str)),
     (("Emphasis",), _reads("parse_weights", lambda text: _IS_READ[text.lower()])),
     (("RNG",), _reads("noise_source", lambda text: _NOISE_OF[text.lower()])),

@@ -151,6 +151,13 @@ class GenerateOptions:
         low=1,
         high=100,
     )
+    token_merging_ratio: float = setting(
+        float,
+        "Share of points that self-attention in the finest maps does without; 0 is none.",
+        default=0.0,
+        low=0.0,
+        high=0.75,
+    )
     noise_source: str = setting(
         str,
         "Where noise comes from: philox draws as a CUDA device does, torch as its CPU generator.",

@@ -133,6 +133,11 @@ class Painter:
                 f"{self._model.name} has no unet_shallow.onnx, which reuse_interval needs: export "
                 "it anew, or load it with runtime='torch'"
             )
+        if options.token_merging_ratio and self._networks.runtime != "torch":
+            raise UnsupportedModel(
+                f"token_merging_ratio needs runtime='torch', and {self._model.name} runs in "
+                f"{self._networks.runtime}: load it so, or leave the option out"
+            )
 
     def condition(self, order: Order) -> tuple[Conditioning, Conditioning | None]:
         """Return what the UNet is told for the prompt, and for the negative one if it counts."""
@@ -297,6 +302,7 @@ class Painter:
             guidance_interval=parse_interval(options.guidance_interval or "0,1"),
             extra=extra,
             reuse=self._reuse(options),
+            token_merging_ratio=options.token_merging_ratio,
         )
 
     def _reuse(self, options: GenerateOptions) -> FeatureReuse | None:
