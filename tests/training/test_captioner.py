@@ -177,6 +177,7 @@ def test_lora_on_the_decoder_is_added_to_its_weights(
     assert finished.end != finished.start
 
 
+@pytest.mark.no_cover  # the lines of a short run, again and again
 def test_it_learns_captions_by_heart(tmp_path: Path, vit_gpt2: Path, pictures: Path) -> None:
     words = {**SMALL, "max_train_steps": 150, "train_batch_size": 6, "learning_rate": 3e-3}
     finished = finetune_captioner(pictures, tmp_path, vit_gpt2, **words)
@@ -220,6 +221,7 @@ def test_rewards_are_cider_against_the_others(
         assert float(found[index, 0]) > 0, "the true caption is worth more than the others"
 
 
+@pytest.mark.no_cover
 def test_drawn_captions_follow_the_models_chances(
     tmp_path: Path, vit_gpt2: Path, pictures: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from diptych.training.workplace import Workplace
 from diptych.weights.generator_files import describe_generator
 from diptych.weights.load_generator import load_generator
 from tiny_pipelines import make_pipeline
+from traced import traced_once
 
 SMALL = {"resolution": 64, "max_train_steps": 3, "num_sample_images": 0, "train_batch_size": 2}
 
@@ -154,6 +156,7 @@ def assert_same_way(
     assert gap**0.5 < 0.02 * way**0.5
 
 
+@pytest.mark.no_cover
 def test_lora_steps_are_those_of_peft(tmp_path: Path, pictures: Path) -> None:
     """Both begin alike and see the same: after five steps of AdamW they are alike."""
     from peft import LoraConfig
@@ -256,7 +259,7 @@ def drawn_by_diffusers(pipeline: Any, prompt: str, noise: np.ndarray[Any, Any]) 
     ).images[0]
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", traced_once(["sdxl", "sd1"]))
 def test_diffusers_draws_the_same_picture_with_the_lora(
     tmp_path: Path, pictures: Path, family: Any, request: pytest.FixtureRequest
 ) -> None:
@@ -381,6 +384,7 @@ def test_a_fresh_lora_changes_nothing(tmp_path: Path, sd1: Path, pictures: Path)
         assert torch.equal(found, without.losses(0, slice(None)))
 
 
+@pytest.mark.no_cover  # the lines of a short run, again and again
 def test_one_batch_is_learned_by_heart(tmp_path: Path, sd1: Path) -> None:
     from training_pictures import draw_pictures
 
@@ -434,6 +438,8 @@ def test_dreambooth_keeps_what_the_class_looks_like(
         "a photo of a bird", seed=0, width=64, height=64
     )
     assert psnr(Image.open(drawn[0]), expected.image) > 50  # kernels lie otherwise in memory
+    # Those that are there already are not drawn again.
+    shutil.copytree(tmp_path / "a" / "class_images", tmp_path / "b" / "class_images")
     finetune_generator(pictures, tmp_path / "b", sd1, **{**words, "prior_loss_weight": 0.0})
     names = [
         folder / "pytorch_lora_weights.safetensors" for folder in (tmp_path / "a", tmp_path / "b")
@@ -480,6 +486,7 @@ def test_validation_is_the_same_every_time(tmp_path: Path, sd1: Path, pictures: 
     assert list(first.parts) == ["t0-250", "t250-500", "t500-750", "t750-1000"]
 
 
+@pytest.mark.no_cover
 def test_samples_are_what_the_finished_model_draws(
     tmp_path: Path, sd1: Path, pictures: Path
 ) -> None:

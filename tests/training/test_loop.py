@@ -26,6 +26,7 @@ from diptych.training.parallel import Workers
 from diptych.training.stopping import Stopped
 from diptych.training.task import Validation
 from diptych.training.workplace import Workplace
+from traced import traced_once
 
 WIDTH = 6
 
@@ -105,7 +106,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("words", VARIANTS, ids=["plain", "ema", "cosine", "muon"])
-@pytest.mark.parametrize("stop_at", [1, 7, 13])
+@pytest.mark.parametrize("stop_at", traced_once([1, 7, 13]))
 def test_a_resumed_run_is_the_run(tmp_path: Path, words: dict[str, Any], stop_at: int) -> None:
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     whole.mkdir(), parted.mkdir()
