@@ -55,6 +55,7 @@ TORCH_LINE = (
     "weights.load_metric",
     "weights.load_module",
     "weights.load_parts",
+    "weights.load_tiny_vae",
     "weights.save",
     "weights.save_adapters",
     "weights.save_generator",

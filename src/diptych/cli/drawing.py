@@ -59,6 +59,10 @@ class Drawing(Loading):
         Optional[Path],  # noqa: UP045
         typer.Option(help="While at work, keep a blurred picture of what is to come there."),
     ] = None
+    preview_vae: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A tiny VAE (TAESD) whose folder makes --preview sharp; needs torch."),
+    ] = None
     lora: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="A LoRA file, or FILE:SCALE; may be given several times."),
@@ -87,6 +91,8 @@ class Drawing(Loading):
         if (self.lora or self.embedding) and self.runtime == "auto":
             self.runtime = "torch"  # where weights can be changed
         generator = self.load(ImageGenerator.load)
+        if self.preview_vae is not None:
+            generator.load_preview_vae(self.preview_vae)
         if self.verbose:
             complain(f"{generator.model.name}: {generator.networks.reason}")
         for each in self.lora or []:

@@ -16,13 +16,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from diptych.models import clip_text, unet, vae
+from diptych.models import clip_text, tiny_vae, unet, vae
 from diptych.runtimes.network import OpenNetworks, check_wanted
 from diptych.runtimes.on_torch import best_device
 from diptych.runtimes.on_torch_widened import computed_in, widening
 from diptych.weights.diffusion import GeneratorFolder
 
-__all__ = ["Stage", "TorchNetwork", "generator_networks", "open_generator_checkpoint"]
+__all__ = [
+    "Stage",
+    "TorchNetwork",
+    "generator_networks",
+    "open_generator_checkpoint",
+    "open_preview_vae",
+]
 
 logger = logging.getLogger("diptych")
 
@@ -96,6 +102,18 @@ def generator_networks(
         reason=reason,
         modules=modules,
     )
+
+
+def open_preview_vae(
+    folder: str | Path, device: str
+) -> tuple[TorchNetwork, tiny_vae.TinyVaeConfig]:
+    """Open the decoder of a tiny VAE, which stays on `device`; see `load_tiny_vae`."""
+    from diptych.weights.load_tiny_vae import load_tiny_vae
+
+    module = load_tiny_vae(folder, device)
+    stage = Stage({"preview_vae": module}, torch.device(device), offload=False)
+    io = (tiny_vae.INPUTS, tiny_vae.OUTPUTS)
+    return TorchNetwork(stage, "preview_vae", _decode_picture, *io), module.config
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diptych.errors import BadInput, DiptychError
-from diptych.runtimes.network import Array, OpenNetworks
+from diptych.runtimes.network import Array, OpenNetworks, require_torch
 from diptych.text_to_image.previews import fit_latent_rgb, latent_to_rgb
 
 __all__ = ["Autoencoder"]
@@ -39,6 +40,27 @@ class Autoencoder:
         self._scaling_factor = float(config.get("scaling_factor", 0.18215))
         self._shift_factor = float(config.get("shift_factor", 0.0))
         self._latent_rgb = None if latent_rgb is None else np.asarray(latent_rgb, np.float64)
+        self._preview: Callable[[Array], list[Image.Image]] | None = None
+
+    def show_with(self, folder: str | Path) -> None:
+        """Let a tiny VAE make the previews from here on; raises `BadInput` for another's."""
+        require_torch("previews by a tiny VAE")
+        from diptych.runtimes.on_torch_generator import open_preview_vae
+
+        network, config = open_preview_vae(folder, self._networks.device)
+        wanted = (self.latent_channels, self.downsampling)
+        if (config.latent_channels, config.downsampling) != wanted:
+            raise BadInput(
+                f"{folder} decodes latents of {config.latent_channels} channels to "
+                f"{config.downsampling} pixels each, and {self._name} makes {wanted[0]} of "
+                f"{wanted[1]}: give the tiny VAE of its family"
+            )
+
+        def show(latents: Array) -> list[Image.Image]:
+            (pixels,) = network(latents=latents / config.scaling_factor + config.shift_factor)
+            return _pictures(np.nan_to_num(self._networks.numpy(pixels)))
+
+        self._preview = show
 
     def encode(self, pixel_values: Floats) -> Floats:
         """Return the scaled latents [B, C, h, w] of pixels [B, 3, H, W] in -1..1."""
@@ -65,11 +87,12 @@ class Autoencoder:
                 f"{self._name}: the decoded picture holds numbers that are not finite: the "
                 "latents or the weights of the autoencoder are damaged"
             )
-        levels = (np.clip(pixels / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8)
-        return [Image.fromarray(picture) for picture in levels.transpose(0, 2, 3, 1)]
+        return _pictures(pixels)
 
     def show(self, latents: Array) -> list[Image.Image]:
-        """Return blurred pictures of latents in full size, by their colours alone."""
+        """Return pictures of latents in full size: a tiny VAE's, or blurred by colours alone."""
+        if self._preview is not None:
+            return self._preview(latents)
         if self._latent_rgb is None:
             self._latent_rgb = np.asarray(fit_latent_rgb(self.encode, self.downsampling))
         small = latent_to_rgb(self._networks.numpy(latents), self._latent_rgb)
@@ -80,3 +103,9 @@ class Autoencoder:
             )
             for image in small
         ]
+
+
+def _pictures(pixels: Floats) -> list[Image.Image]:
+    """Return the pictures of pixels [B, 3, H, W] in -1..1."""
+    levels = (np.clip(pixels / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8)
+    return [Image.fromarray(picture) for picture in levels.transpose(0, 2, 3, 1)]

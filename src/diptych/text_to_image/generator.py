@@ -62,13 +62,15 @@ class ImageGenerator:
         revision: str | None = None,
         prediction_type: str | None = None,
         offload: bool | None = None,
+        preview_vae: str | Path | None = None,
     ) -> Self:
         """Load a generator by name: "default", a folder, a single file, or a hub id.
 
         `runtime` is auto, onnxruntime or torch; `device` auto, cpu, cuda, …; `dtype` auto, float32,
         bfloat16 or float16. `prediction_type` (epsilon, v_prediction, sample) overrules what the
         checkpoint says, which single files often leave open. With `offload` each network is on the
-        GPU for its turn only; None does so where there is too little memory. Raises `UnknownModel`,
+        GPU for its turn only; None does so where there is too little memory. `preview_vae` is that
+        of `load_preview_vae`. Raises `UnknownModel`,
         `UnsupportedModel`, `WeightsMismatch`, `MissingExtra`, or `BadInput` for a combination that
         cannot be.
         """
@@ -78,7 +80,11 @@ class ImageGenerator:
         model = resolve_generator(
             name_or_path, revision=revision, progress=seen, prediction_type=prediction_type
         )
-        return cls.from_model(model, runtime=runtime, device=device, dtype=dtype, offload=offload)
+        words = {"runtime": runtime, "device": device, "dtype": dtype}
+        generator = cls.from_model(model, **words, offload=offload)
+        if preview_vae is not None:
+            generator.load_preview_vae(preview_vae)
+        return generator
 
     @classmethod
     def from_model(
@@ -358,6 +364,14 @@ class ImageGenerator:
     def encode(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the scaled latents [B, C, h, w] of pixels [B, 3, H, W] in -1..1."""
         return self._autoencoder.encode(pixel_values)
+
+    def load_preview_vae(self, folder: str | Path) -> None:
+        """Let a tiny VAE make the previews: a folder of diffusers' AutoencoderTiny, as TAESD's.
+
+        Needs the torch extra. Raises `UnknownModel` where there is none, `BadInput` for one of
+        another family.
+        """
+        self._autoencoder.show_with(folder)
 
     def load_lora(self, path: str | Path, scale: float = 1.0, *, fused: bool = False) -> LoraHandle:
         """Put a LoRA file into the networks; several add up.

@@ -53,7 +53,7 @@ class DenoisingStep:
         return tuple(order.seed for order in self.orders)
 
     def preview(self, row: int = 0) -> Image.Image:
-        """Return a blurred picture of what is to come, made without the autoencoder.
+        """Return a picture of what is to come: blurred, or by a tiny VAE where one is loaded.
 
         `row` is the place of the picture among those made at once.
         """
