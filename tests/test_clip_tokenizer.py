@@ -12,6 +12,7 @@ import pytest
 
 from diptych.errors import BadInput, UnsupportedModel
 from diptych.text import END_OF_TEXT, START_OF_TEXT, ClipTokenizer
+from traced import traced_once
 
 MERGES = (
     Path(__file__).resolve().parents[1]
@@ -119,7 +120,7 @@ def assert_same(ours: ClipTokenizer, reference: Any, texts: list[str]) -> None:
         assert ours.decode(ids) == reference.decode(ids, skip_special_tokens=True), repr(text)
 
 
-@pytest.mark.parametrize("pad_token", [END_OF_TEXT, "!"])
+@pytest.mark.parametrize("pad_token", traced_once([END_OF_TEXT, "!"]))
 def test_ids_of_any_script_are_those_of_transformers(published: Path, pad_token: str) -> None:
     from transformers import CLIPTokenizer
 
