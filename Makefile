@@ -32,7 +32,8 @@ demo: $(DEMO)/.installed ## caption the sample photos, draw a sheet of pictures 
 	fi
 
 test: $(DEV)/.installed ## run the tests, offline, and print the coverage
-	@OMP_NUM_THREADS=1 $(PYTEST) --numprocesses auto --dist loadfile --cov --cov-report=term
+	@OMP_NUM_THREADS=1 $(PYTEST) --numprocesses auto --dist loadfile --no-loadscope-reorder \
+	  --cov --cov-report=term
 
 test-slow: $(DEV)/.installed ## run the tests that take minutes, and those that need published weights
 	@$(PYTEST) -m '(slow or weights) and not gpu' --timeout 3600
@@ -61,7 +62,9 @@ clean: ## remove build outputs and caches; virtual environments stay
 # One stamp per environment: newer than pyproject.toml and constraints.txt means nothing to do.
 $(DEV)/.installed: pyproject.toml constraints.txt | $(DEV)/bin/python
 	@echo "installing diptych[test] into $(DEV) (takes minutes the first time)" >&2
-	@$(DEV)/bin/python $(PIP_INSTALL) -e '.[test]'
+	@# pip compiles on one core, for a minute; some packages carry files that no compiler reads.
+	@$(DEV)/bin/python $(PIP_INSTALL) --no-compile -e '.[test]'
+	@$(DEV)/bin/python -m compileall -q -j 0 $(DEV)/lib >/dev/null 2>&1 || true
 	@touch $@
 
 $(DEMO)/.installed: pyproject.toml constraints.txt | $(DEMO)/bin/python
