@@ -30,6 +30,7 @@ _OPSET, _IR_VERSION = 21, 10
 _MICROSOFT = "com.microsoft"
 _INLINE = 1024  # bytes; smaller weights stay in the graph itself
 _PAGE = 4096  # what a file is mapped into memory by
+_LARGE = 1 << 20  # bytes; arrays from there on begin a page of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,7 @@ def write_network(model: onnx.ModelProto, weights: Weights, path: Path) -> None:
                 model.graph.initializer.append(numpy_helper.from_array(array, name))
                 continue
             if id(array) not in places:
-                file.write(b"\0" * (-file.tell() % (_PAGE if array.nbytes > _PAGE else 64)))
+                file.write(b"\0" * (-file.tell() % (_PAGE if array.nbytes >= _LARGE else 64)))
                 places[id(array)] = (file.tell(), array.nbytes)
                 file.write(np.ascontiguousarray(array).data)
             tensor = model.graph.initializer.add()

@@ -32,7 +32,7 @@ _INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level
 _ZERO = 128
 _HALF = 16  # bits
 _HALF_SCALES = ".scales.half"
-_TABLE = 4096  # numbers; a table that is smaller stays as it is
+_TABLE, _VECTOR = 4096, 512  # numbers; what is smaller stays as it is
 # The words' embeddings, and the head that shares them, decide between near ties. Up to this many
 # numbers they stay in half precision: 1 MB for one caption in a hundred, in the default model.
 _FEW_WORDS = 1 << 21
@@ -91,9 +91,9 @@ def quantize_network(source: Path, target: Path, bits: Bits) -> None:
     used = _used(nodes)
     kept = {name: array for name, array in weights.items() if name in used}
     made = {name: array for name, array in rewritten.made.items() if name in used}
-    casts = [*_halve_tables(kept), *rewritten.casts]
+    casts, nodes = _halve_tables(kept, nodes)
     del model.graph.node[:]
-    model.graph.node.extend([*casts, *nodes])
+    model.graph.node.extend([*casts, *rewritten.casts, *nodes])
     halves = {name: array for name, array in rewritten.made.items() if name.endswith(_HALF_SCALES)}
     write_network(model, {**kept, **made, **halves}, target)
 
@@ -102,11 +102,13 @@ def _used(nodes: Iterable[onnx.NodeProto]) -> set[str]:
     """Return the values that `nodes` read, those read in their branches among them."""
     names: set[str] = set()
     for node in nodes:
-        names |= set(node.input)
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                names |= _used(attribute.g.node)
+        names |= set(node.input) | _used_in_branches(node)
     return names
+
+
+def _used_in_branches(node: onnx.NodeProto) -> set[str]:
+    graphs = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+    return {name for graph in graphs for name in _used(graph.node)}
 
 
 @dataclass
@@ -167,7 +169,10 @@ class _Rewriter:
         from onnx import TensorProto, helper
 
         name, ids = node.input[0], node.input[1]
-        stored = self._names(name, self._pair(name, transposed=False))
+        blocks = self._pair(name, transposed=False)
+        stored = self._names(name, blocks)
+        # Of a mapped table only the rows that are read take memory: they are widened afterwards.
+        scales = stored[1] if blocks.scales.dtype == np.float32 else f"{name}{_HALF_SCALES}"
         width = self.weights[name].shape[1]
         constants = {
             "zero": np.float32(_ZERO),
@@ -184,7 +189,8 @@ class _Rewriter:
 
         return [
             step("Gather", [stored[0], ids], "@rows"),
-            step("Gather", [stored[1], ids], "@row_scales"),
+            step("Gather", [scales, ids], "@stored_scales"),
+            step("Cast", ["@stored_scales"], "@row_scales", to=TensorProto.FLOAT),
             step("Cast", ["@rows"], "@numbers", to=TensorProto.FLOAT),
             step("Sub", ["@numbers", "@zero"], "@centred"),
             step("Unsqueeze", ["@row_scales", "@last"], "@factors"),
@@ -218,23 +224,50 @@ class _Rewriter:
         return [numbers, scales]
 
 
-def _halve_tables(weights: Weights) -> list[onnx.NodeProto]:
-    """Store large arrays in half precision, in place; return the nodes that widen them again.
+def _halve_tables(
+    weights: Weights, nodes: Sequence[onnx.NodeProto]
+) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
+    """Store large arrays in half precision, in place.
 
-    ONNX Runtime widens them once, when it loads the network.
+    Return the nodes that widen them, which ONNX Runtime runs once, when it loads the network, and
+    `nodes`, among which are those that widen only the rows that are looked up.
     """
     from onnx import TensorProto, helper
 
     halves: dict[int, NDArray[Any]] = {}
+    read = _only_looked_up(nodes)
     casts = []
     for name, array in [*weights.items()]:
-        if array.dtype != np.float32 or array.size < _TABLE or array.ndim < 2:
+        least = _TABLE if array.ndim > 1 else _VECTOR
+        if array.dtype != np.float32 or array.size < least or name.endswith(".scales"):
             continue
         if id(array) not in halves:
             with np.errstate(over="ignore"):
                 halves[id(array)] = array.astype(np.float16)
-        if np.isfinite(halves[id(array)]).all():
-            weights[f"{name}.half"] = halves[id(array)]
-            del weights[name]
+        if not np.isfinite(halves[id(array)]).all():
+            read.discard(name)
+            continue
+        weights[f"{name}.half"] = halves[id(array)]
+        del weights[name]
+        if name not in read:
             casts.append(helper.make_node("Cast", [f"{name}.half"], [name], to=TensorProto.FLOAT))
-    return casts
+    changed = []
+    for node in nodes:
+        changed.append(node)
+        if node.input and node.input[0] in read and f"{node.input[0]}.half" in weights:
+            output, narrow = node.output[0], f"{node.output[0]}.half"
+            node.input[0], node.output[0] = f"{node.input[0]}.half", narrow
+            changed.append(helper.make_node("Cast", [narrow], [output], to=TensorProto.FLOAT))
+    return casts, changed
+
+
+def _only_looked_up(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+    """Return the values of which nodes take rows, and nothing else is done with them."""
+    looked_up: set[str] = set()
+    others: set[str] = set()
+    for node in nodes:
+        takes_rows = node.op_type in ("Gather", "Slice")
+        (looked_up if takes_rows else others).update(node.input[:1])
+        others.update(node.input[1:])
+        others |= _used_in_branches(node)
+    return looked_up - others

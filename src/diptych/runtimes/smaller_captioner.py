@@ -40,7 +40,7 @@ __all__ = ["check_bound", "compare_artifacts", "quantize_captioner", "write_smal
 Ids = NDArray[np.int64]
 
 # How much of the bytes the sweep may give back to the matrices that bear rounding badly.
-_ROOM = {"int8": 0.1, "int4": 0.03}
+_ROOM = {"int8": 0.1, "int4": 0.015}
 _WANTED_IDENTICAL = 0.95  # captions; an int8 artifact below it gets a sweep
 _SHOWN = 12  # units of a sweep that the report names
 # Bounds: the least share of identical captions on the user's pictures, and of tokens that agree
