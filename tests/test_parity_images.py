@@ -19,7 +19,7 @@ import pytest
 from diptych import ImageGenerator
 from reference_schedulers import SCHEDULERS, swap_scheduler
 from tiny_pipelines import FAMILIES, make_pipeline, make_tokenizer
-from traced import traced_once
+from traced import traced_once, untraced
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -47,6 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @cache
+@untraced()
 def load_reference(folder: Path) -> Any:
     words: dict[str, Any] = {} if "xl" in folder.name else {"safety_checker": None}
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, low_cpu_mem_usage=False, **words)
@@ -161,14 +162,15 @@ def compare(
     seeds = list(range(5, 5 + count))
     swap_scheduler(theirs, sampler, seeds, monkeypatch)
     shared = {"num_inference_steps": STEPS, "guidance_scale": guidance_scale}
-    expected = theirs(
-        [PROMPT] * count,
-        negative_prompt=[NEGATIVE] * count,
-        width=WIDTH,
-        height=HEIGHT,
-        latents=noise(count),
-        **shared,
-    ).images
+    with untraced():
+        expected = theirs(
+            [PROMPT] * count,
+            negative_prompt=[NEGATIVE] * count,
+            width=WIDTH,
+            height=HEIGHT,
+            latents=noise(count),
+            **shared,
+        ).images
     found = ours.generate(
         [PROMPT] * count,
         negative_prompt=NEGATIVE,

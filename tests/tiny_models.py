@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from traced import untraced
+
 END_OF_TEXT = "<|endoftext|>"
 CORPUS = [
     "a man riding a wave on top of a surfboard",
@@ -39,6 +41,7 @@ def make_tokenizer(folder: Path, vocab_size: int = 400) -> Tokenizer:
     return tokenizer
 
 
+@untraced()
 def make_captioner(folder: Path, seed: int, **changes: Any) -> Any:
     """Save a random `VisionEncoderDecoderModel` with tokenizer and processor; return the model.
 

@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from traced import untraced
+
 Family = Literal["sd1", "sd2", "sdxl"]
 FAMILIES: tuple[Family, ...] = ("sd1", "sd2", "sdxl")
 
@@ -89,6 +91,7 @@ _TEXTS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 
 
+@untraced()
 def make_pipeline(
     folder: Path,
     family: Family,

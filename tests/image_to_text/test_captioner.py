@@ -20,6 +20,7 @@ from PIL import Image
 from diptych import Caption, Captioner
 from diptych.errors import BadImage, BadInput, UnknownModel
 from tiny_models import make_captioner, make_photo, write_json
+from traced import untraced
 
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -40,6 +41,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@untraced()
 def reference_captions(model: Any, folder: Path, photos: list[Image.Image], **options: Any) -> Any:
     """Caption with transformers, picture by picture: [(token_ids, score)] of every sequence."""
     from transformers import ViTImageProcessorPil

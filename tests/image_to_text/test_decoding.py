@@ -26,7 +26,7 @@ from diptych.errors import BadInput, DiptychError
 from diptych.image_to_text import decoding
 from diptych.image_to_text.decoding import Hypothesis, search, search_steps, settled, stream
 from diptych.image_to_text.options import CaptionOptions, SearchOptions
-from traced import traced_once
+from traced import traced_once, untraced
 
 IMAGE_SIZE = 8
 POSITIONS = 48
@@ -40,6 +40,7 @@ def _one_thread(_seeds: None) -> None:
 # The reference --------------------------------------------------------------------------------
 
 
+@untraced()
 def reference_model(
     seed: int, vocabulary: int, *, sharpness: float = 3.0, end_bias: float = 0.0
 ) -> Any:
@@ -109,7 +110,7 @@ class ReferenceStep:
             assert (np.diff(self.images) >= 0).all(), "rows of one image are adjacent, in order"
             assert len(set(sizes.tolist())) == 1, "every image has as many rows as the others"
         self.rows_fed.append(len(token_ids))
-        with torch.no_grad():
+        with torch.no_grad(), untraced():
             logits = self.model.decoder(
                 input_ids=torch.from_numpy(self.prefixes),
                 encoder_hidden_states=self.encoded[torch.from_numpy(self.images)],
@@ -118,6 +119,7 @@ class ReferenceStep:
         return logits.numpy()
 
 
+@untraced()
 def their_captions(
     model: Any,
     pixel_values: torch.Tensor,
