@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import ipaddress
 import os
 import random
@@ -25,7 +26,22 @@ os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(ROOT / ".pytest_cache"
 
 SEED = 20
 THREADS = 2
+NOT_OURS = (
+    "torch._dynamo",
+    "torch.onnx._internal.exporter._core",
+    "transformers.models.vision_encoder_decoder.modeling_vision_encoder_decoder",
+    "transformers.models.clip.modeling_clip",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint",
+    "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_inpaint",
+)
 SHARED_DATA = Path(os.environ.get("DIPTYCH_SHARED_DATA") or ROOT.parent / "shared" / "data")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Import what is not ours before coverage follows a worker: traced, it takes much longer."""
+    if hasattr(config, "workerinput") and config.getoption("cov_source", None):
+        for name in NOT_OURS:
+            importlib.import_module(name)
 
 
 class NetworkBlocked(RuntimeError):
