@@ -72,7 +72,7 @@ def test_what_is_asked_for_decides(both: ModelFolder) -> None:
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        ({"runtime": "onnx"}, "runtime is 'onnx': give auto, onnxruntime or torch"),
+        ({"runtime": "onnx"}, "runtime is 'onnx': give auto, onnxruntime, openvino or torch"),
         ({"dtype": "fp16"}, "dtype is 'fp16': give auto, float32, bfloat16 or float16"),
         ({"device": "gpu"}, "device is 'gpu': give auto, cpu, cuda, cuda:1 .* or mps"),
         ({"device": 0}, "device is 0: give auto"),

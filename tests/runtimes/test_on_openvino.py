@@ -53,7 +53,7 @@ def captioner(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Return the folder of a captioner that transformers saved, and that of its ONNX files."""
     home = tmp_path_factory.mktemp("captioner")
     make_captioner(home / "checkpoint", 3)
-    diptych.export(home / "checkpoint", home / "artifact")
+    diptych.export(home / "checkpoint", home / "artifact", measure=False)
     return home / "checkpoint", home / "artifact"
 
 
@@ -66,7 +66,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
         checkpoint, artifact = home / family, home / f"{family}-onnx"
         if not artifact.exists():
             make_pipeline(checkpoint, family, FAMILIES.index(family))  # type: ignore[arg-type]
-            diptych.export(checkpoint, artifact)
+            diptych.export(checkpoint, artifact, measure=False)
         return checkpoint, artifact
 
     return find
@@ -167,6 +167,15 @@ def test_bytes_give_the_words_of_onnxruntime() -> None:
     assert agreement["identical"] >= 36, agreement  # seen: 94 of 100
 
 
+def test_words_and_places_are_counted_in_files_of_any_precision(artifacts: Make) -> None:
+    for precision in ("fp32", "int8"):
+        for variant in ("cross-attention", "prefix"):
+            session = open_file(artifacts(variant) / precision / "decoder.onnx", "input_ids")
+            assert (session._words, session._places) == (400, 64)
+    session = open_file(EMBEDDED / "captioner" / "decoder.onnx", "input_ids")
+    assert (session._words, session._places) == (4096, 128)
+
+
 def test_captions_are_those_of_torch_and_onnxruntime(captioner: tuple[Path, Path]) -> None:
     checkpoint, artifact = captioner
     photos = [make_photo(seed) for seed in range(6)]
@@ -261,8 +270,10 @@ def test_pictures_are_those_of_torch_and_onnxruntime(
     assert psnr(drawn[1], drawn[2]) >= 40
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-@pytest.mark.parametrize("kind", ["plain", "sdxl", "lcm"])
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [("plain", "fp32"), ("plain", "fp16"), ("plain", "int8"), ("sdxl", "fp32"), ("lcm", "fp32")],
+)
 def test_networks_give_what_onnxruntime_gives(kind: str, precision: str, tmp_path: Path) -> None:
     """Sizes that are no powers of two, several rows, words of any length, weights of any kind."""
     modules = make_modules(kind)
@@ -377,6 +388,16 @@ def test_bfloat16_where_there_is_any() -> None:
         "float32",
     ]
     assert on_openvino._settings("bfloat16")["INFERENCE_PRECISION_HINT"] == "bf16"
+
+
+@pytest.mark.usefixtures("with_bfloat16")
+def test_files_in_bfloat16_are_left_to_openvino(
+    artifacts: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_openvino, "open_artifact", lambda files, dtype: {})
+    opened = open_networks(describe(artifacts("cross-attention") / "fp32"), dtype="bfloat16")
+    assert (opened.runtime, opened.dtype) == ("openvino", "bfloat16")
+    assert opened.reason == "it alone computes in bfloat16 with ONNX networks"
 
 
 def test_auto_is_what_the_processor_computes_in() -> None:

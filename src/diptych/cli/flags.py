@@ -27,7 +27,7 @@ __all__ = [
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Name, folder or hub id of a model.")]
 Revision = Annotated[Optional[str], typer.Option(help="Commit or branch of a hub model.")]  # noqa: UP045
-Runtime = Annotated[str, typer.Option(help="auto, onnxruntime or torch.")]
+Runtime = Annotated[str, typer.Option(help="auto, onnxruntime, openvino or torch.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures captioned together.")]

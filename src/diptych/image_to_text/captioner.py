@@ -60,9 +60,9 @@ class Captioner:
     ) -> Self:
         """Load a captioner by name: "default", a folder, or a hub id.
 
-        `runtime` is auto, onnxruntime or torch; `device` auto, cpu, cuda, …; `dtype` auto, float32,
-        bfloat16 or float16. Raises `UnknownModel`, `UnsupportedModel`, `WeightsMismatch`,
-        `MissingExtra`, or `BadInput` for a combination that cannot be.
+        `runtime` is auto, onnxruntime, openvino or torch; `device` auto, cpu, cuda, …; `dtype`
+        auto, float32, bfloat16 or float16. Raises `UnknownModel`, `UnsupportedModel`,
+        `WeightsMismatch`, `MissingExtra`, or `BadInput` for a combination that cannot be.
         """
         if not isinstance(name_or_path, str | Path):
             raise BadInput(f"a model is given by name or folder, not as {name_or_path!r}")

@@ -143,8 +143,9 @@ def open_networks(
     """Open `encoder` and `decoder` of `model`.
 
     `runtime` auto is onnxruntime where the model has ONNX networks and nothing asked for speaks
-    against it, else torch. Raises `BadInput` for a value or combination that cannot be, and
-    `MissingExtra` where torch is needed and not installed.
+    against it, else torch; openvino where only it computes in the `dtype` that is asked for. Raises
+    `BadInput` for a value or combination that cannot be, and `MissingExtra` where the runtime is
+    not installed.
     """
     _check(runtime, device, dtype)
     chosen, reason = _choose(model, runtime, device, dtype)
@@ -295,6 +296,8 @@ def _choose(
         against = f"its ONNX networks run on the cpu, not on {device}"
     elif dtype not in ("auto", "float32") and runtime != "openvino":
         against = f"its ONNX networks are {model.precision}, not {dtype}"
+    if runtime == "auto" and dtype == "bfloat16" and _is_left_to_openvino(model, device):
+        return "openvino", "it alone computes in bfloat16 with ONNX networks"
     if runtime in ("onnxruntime", "openvino") and against:
         raise BadInput(f"{model.name} cannot run in {runtime}: {against}")
     if runtime == "torch" or against:
@@ -305,6 +308,11 @@ def _choose(
     if runtime != "auto":
         return runtime, "it was asked for"
     return "onnxruntime", "the model has ONNX networks"
+
+
+def _is_left_to_openvino(model: ModelFolder | GeneratorFolder, device: str) -> bool:
+    files_only = bool(model.networks) and not model.weights
+    return files_only and device in ("auto", "cpu") and _is_installed("openvino")
 
 
 def _either(choices: Sequence[str]) -> str:

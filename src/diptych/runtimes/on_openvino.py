@@ -21,7 +21,6 @@ from diptych.runtimes.onnx_networks import Floats, explained, unreadable
 __all__ = ["OpenVinoSession", "check_dtype", "open_artifact", "open_generator_files"]
 
 _KINDS: Mapping[str, type[np.generic]] = {"boolean": np.bool_, "f32": np.float32, "i64": np.int64}
-_POSITIONS = ("wpe.weight", "position_embedding.weight")
 _HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
 
@@ -84,6 +83,8 @@ class OpenVinoSession:
     def run(self, inputs: Mapping[str, Any], outputs: Mapping[str, Floats]) -> None:
         """Compute `outputs` in place; all arrays are in C order."""
         with explained(self._path, inputs), self._lock:
+            if empty := [name for name, array in outputs.items() if not array.size]:
+                raise ValueError(f"{empty[0]} would have no numbers")
             self._infer(inputs, outputs, ())
 
     def compute(self, inputs: Mapping[str, Any], names: Sequence[str]) -> tuple[Floats, ...]:
@@ -251,10 +252,13 @@ def _vocabulary_size(model: openvino.Model) -> int:
 
 
 def _position_count(model: openvino.Model) -> int:
-    """Return the number of rows that positions are looked up in; 0 where there are none."""
+    """Return the rows of the table whose first ones are for words; 0 where there is none."""
     for node in model.get_ops():
-        if node.get_friendly_name().endswith(_POSITIONS):
-            return _sizes(node.output(0))[0]
+        if node.get_type_name() != "Slice":
+            continue
+        table = node.input_value(0)
+        if table.get_node().get_type_name() in ("Constant", "Convert"):
+            return _sizes(table)[0]
     return 0
 
 

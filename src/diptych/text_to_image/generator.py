@@ -66,13 +66,12 @@ class ImageGenerator:
     ) -> Self:
         """Load a generator by name: "default", a folder, a single file, or a hub id.
 
-        `runtime` is auto, onnxruntime or torch; `device` auto, cpu, cuda, …; `dtype` auto, float32,
-        bfloat16 or float16. `prediction_type` (epsilon, v_prediction, sample) overrules what the
-        checkpoint says, which single files often leave open. With `offload` each network is on the
-        GPU for its turn only; None does so where there is too little memory. `preview_vae` is that
-        of `load_preview_vae`. Raises `UnknownModel`,
-        `UnsupportedModel`, `WeightsMismatch`, `MissingExtra`, or `BadInput` for a combination that
-        cannot be.
+        `runtime` is auto, onnxruntime, openvino or torch; `device` auto, cpu, cuda, …; `dtype`
+        auto, float32, bfloat16 or float16. `prediction_type` (epsilon, v_prediction, sample)
+        overrules what the checkpoint says, which single files often leave open. With `offload` each
+        network is on the GPU for its turn only; None does so where there is too little memory.
+        `preview_vae` is that of `load_preview_vae`. Raises `UnknownModel`, `UnsupportedModel`,
+        `WeightsMismatch`, `MissingExtra`, or `BadInput` for a combination that cannot be.
         """
         if not isinstance(name_or_path, str | Path):
             raise BadInput(f"a model is given by name or folder, not as {name_or_path!r}")
@@ -409,15 +408,18 @@ class ImageGenerator:
 
         save_generator(load_generator(self.model), self.model, Path(path), layout=layout)
 
-    def export(self, folder: str | Path, *, quantize: str | None = None) -> dict[str, Any]:
+    def export(
+        self, folder: str | Path, *, quantize: str | None = None, force: bool = False
+    ) -> dict[str, Any]:
         """Write the model as ONNX graphs that run without torch, and compare pictures of both.
 
-        `quantize` stores the weights smaller: "fp16" or "int8". Returns the content of
-        `export.json`. Needs the export extra.
+        `quantize` stores the weights smaller: "fp16", "int8" or "int4". Returns the content of
+        `export.json`. Raises `BadInput` for a folder that is not empty and `QualityLoss` for too
+        great a loss, unless `force`. Needs the export extra.
         """
         from diptych.runtimes.conversion import export_model
 
-        return export_model(self.model, folder, quantize=quantize)
+        return export_model(self.model, folder, quantize=quantize, force=force)
 
 
 def generate(
