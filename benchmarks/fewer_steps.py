@@ -1,7 +1,8 @@
 """What do guidance intervals, reused features, merged tokens and fewer steps save, and cost?
 
     python benchmarks/fewer_steps.py [--model FOLDER] [--runtime auto torch …] [--device auto]
-        [--dtype auto] [--size 512] [--steps 20] [--repeats 3] [--adherence 30] [--record] [--quick]
+        [--dtype auto] [--size 512] [--steps 20] [--ways reuse_interval …] [--repeats 3]
+        [--adherence 30] [--record] [--quick]
 
 Each way draws the same eight prompts from the same seeds. Ways take turns, so that the machine's
 moods fall on all of them; times are medians beside those of the plain run. The cost in quality is
@@ -72,6 +73,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--size", type=int, help="pixels of an edge; else the model's")
     parser.add_argument("--steps", type=int, help="else the model's")
+    parser.add_argument("--ways", nargs="+", default=[""], help="only those that begin so")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--adherence", type=int, default=0, help="scenes to judge for each way")
     parser.add_argument("--quick", action="store_true", help="few prompts in few steps")
@@ -87,12 +89,18 @@ def measure(generator: ImageGenerator, options: argparse.Namespace) -> list[dict
     if options.size is not None:
         common |= {"width": options.size, "height": options.size}
     made: dict[str, list[Image.Image]] = {}
-    named = ways(steps, generator.networks.runtime)
+    named = {
+        name: words
+        for name, words in ways(steps, generator.networks.runtime).items()
+        if name == "plain" or name.startswith(tuple(options.ways))
+    }
     cases = {
         name: _case(generator, prompts, {**common, **words}, made, name)
         for name, words in named.items()
     }
-    times = take_turns(cases, options.repeats, warmup=0 if options.quick else 1)
+    # What all ways have in common: files are opened, words and layers met once.
+    generator.generate(prompts[0], **{**common, "num_inference_steps": 3, "reuse_interval": 2})
+    times = take_turns(cases, options.repeats, warmup=0)
     results = []
     for name, words in named.items():
         result: dict[str, Any] = {

@@ -130,6 +130,26 @@ def test_a_grid_and_a_preview(run: Run) -> None:
         assert preview.width >= SIDE
 
 
+def test_a_preview_by_a_tiny_vae(run: Run) -> None:
+    from safetensors.torch import save_file
+
+    from diptych.models.tiny_vae import TinyVae, TinyVaeConfig
+
+    Path("tiny").mkdir()
+    config = {"decoder_block_out_channels": [8] * 4, "num_decoder_blocks": [1] * 4}
+    told = {"_class_name": "AutoencoderTiny", **config}
+    Path("tiny/config.json").write_text(json.dumps(told))
+    module = TinyVae(TinyVaeConfig(num_channels=8, num_blocks=(1, 1, 1, 1)))
+    save_file(module.state_dict(), "tiny/diffusion_pytorch_model.safetensors")
+    shown = {}
+    for name, words in (("plain.png", ()), ("tiny.png", ("--preview-vae", "tiny"))):
+        assert run("generate", "red", "-o", "out.png", "--preview", name, *words).code == 0
+        shown[name] = Path(name).read_bytes()
+    assert shown["plain.png"] != shown["tiny.png"]
+    done = run("generate", "red", "--preview", "now.png", "--preview-vae", "nowhere")
+    assert done.code == 1 and "nowhere holds no tiny VAE" in done.err
+
+
 def test_a_failed_prompt_keeps_the_others(run: Run) -> None:
     Path("words.txt").write_text("red\n" + "word " * 40_000 + "\nblue\n")
     done = run("generate", "--prompts", "words.txt", "-o", "out", "-f", "jsonl")
