@@ -318,3 +318,9 @@ def test_every_page_is_in_the_navigation() -> None:
     listed = {line.rpartition(": ")[2].strip() for line in navigation.splitlines()}
     pages = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").glob("**/*.md")}
     assert pages <= listed, sorted(pages - listed)
+
+
+def test_benchmarks_page_is_what_the_records_give() -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "render.py"), run_name="render")
+    page = ROOT / "docs" / "benchmarks.md"
+    assert page.read_text("utf-8") == script["render"](), "run python benchmarks/render.py"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych.models import clip_text, tiny_vae, unet, vae
+from diptych.models.layers import ResnetBlock
 from diptych.runtimes.network import OpenNetworks, check_wanted
 from diptych.runtimes.on_torch import best_device
 from diptych.runtimes.on_torch_widened import computed_in, widening
@@ -25,6 +26,7 @@ from diptych.weights.diffusion import GeneratorFolder
 __all__ = [
     "Stage",
     "TorchNetwork",
+    "compile_blocks",
     "generator_networks",
     "open_generator_checkpoint",
     "open_preview_vae",
@@ -33,6 +35,7 @@ __all__ = [
 logger = logging.getLogger("diptych")
 
 _WORKING_ROOM = 1 << 30  # bytes that a picture of 512 × 512 takes beside the weights
+_MOST_KINDS = 64
 _KEPT_IN_FLOAT32 = ("timestep", "time_ids")
 
 
@@ -102,6 +105,28 @@ def generator_networks(
         reason=reason,
         modules=modules,
     )
+
+
+def compile_blocks(modules: Mapping[str, nn.Module], **words: Any) -> int:
+    """Let torch.compile work on the blocks of UNet and VAE, in place; return how many there are.
+
+    Blocks of one kind share their code, so a few kinds are compiled instead of one large network,
+    and a LoRA that is swapped for another finds its code there already. `words` are those of
+    `torch.compile`. What is compiled is compiled at the first call.
+    """
+    # A UNet has more kinds of blocks, by their widths, than torch compiles of one function.
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _MOST_KINDS)
+    kinds = (unet.TransformerBlock, ResnetBlock)
+    blocks = [
+        block
+        for name in ("unet", "vae")
+        for block in modules[name].modules()
+        if isinstance(block, kinds)
+    ]
+    for block in blocks:
+        block.compile(**words)
+    return len(blocks)
 
 
 def open_preview_vae(

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from diptych.errors import BadInput
+from diptych.errors import BadInput, UnsupportedModel
 from diptych.images import ImageInput
 from diptych.runtimes.network import Array, OpenNetworks, open_generator_networks, require_torch
 from diptych.text import ClipTokenizer
@@ -371,6 +371,27 @@ class ImageGenerator:
         another family.
         """
         self._autoencoder.show_with(folder)
+
+    def compile(self, mode: str | None = None) -> None:
+        """Let torch.compile make UNet and VAE faster; the first picture of a size waits for it.
+
+        `mode` is None, "reduce-overhead" (CUDA graphs) or "max-autotune". A LoRA may be swapped
+        for another of the same layers without compiling anew where it is loaded with `fused`.
+        Raises `UnsupportedModel` outside of torch.
+        """
+        modules = self.networks.modules
+        if modules is None:
+            raise UnsupportedModel(
+                f"{self.model.name} runs in {self.networks.runtime}, which compiles by itself: "
+                "load the generator with runtime='torch'"
+            )
+        if mode not in (None, "default", "reduce-overhead", "max-autotune"):
+            raise BadInput(
+                f"mode is {mode!r}: give None, 'default', 'reduce-overhead' or 'max-autotune'"
+            )
+        from diptych.runtimes.on_torch_generator import compile_blocks
+
+        compile_blocks(modules, mode=mode)
 
     def load_lora(self, path: str | Path, scale: float = 1.0, *, fused: bool = False) -> LoraHandle:
         """Put a LoRA file into the networks; several add up.

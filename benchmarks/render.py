@@ -1,0 +1,141 @@
+"""Write `docs/benchmarks.md` from what the scripts recorded.
+
+    python benchmarks/render.py [--check]
+
+A table for each script and machine: of every case the figures recorded last. `--check` changes
+nothing, and fails where the page is not what the records give.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "benchmarks.md"
+HEAD = """# Benchmarks
+
+Every figure comes from a script in `benchmarks/` that runs both sides on the same weights and
+inputs, taking turns in one process, and prints medians; a ratio is the peer's time by ours. The
+records are in `benchmarks/results/`, with machine, versions and commit; this page is written from
+them by `python benchmarks/render.py`, so it holds nothing that was not measured. Where a row is
+missing, it was not: nothing here ran on a GPU so far. `diptych bench` prints such a table for your
+own machine.
+
+Both machines were shared with other work. Trust the ratios of one table, less its seconds, and do
+not compare seconds between tables.
+"""
+# What tells one case from another; the rest are its figures.
+CASES = (
+    *("part", "model", "task", "work", "side", "runtime", "way", "dtype", "size", "batch"),
+    *("device", "guidance_scale"),
+)
+NAMES = {
+    "median_s": "median s",
+    "min_s": "fastest s",
+    "speed_ratio": "times as fast",
+    "same_tokens": "same tokens",
+    "wall_s": "wall s",
+    "peak_mib": "peak MiB",
+    "psnr_db": "PSNR dB",
+    "guidance_scale": "guidance",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--check", action="store_true", help="fail where the page would change")
+    check = parser.parse_args().check
+    page = render()
+    if not check:
+        PAGE.write_text(page, "utf-8")
+    elif not PAGE.is_file() or PAGE.read_text("utf-8") != page:
+        sys.exit(f"{PAGE.name} is not what the records give: run python benchmarks/render.py")
+
+
+def render(results: Path = HERE / "results") -> str:
+    """Return the page for the records in `results`."""
+    sections = [HEAD]
+    for path in sorted(results.glob("*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+        sections.append("\n".join(_section(path.stem, rows)))
+    return "\n".join(sections)
+
+
+def _section(script: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    yield f"## {_question(script)}\n"
+    yield f"`benchmarks/{script}.py`\n"
+    machines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        machines.setdefault(_machine(row["machine"]), []).append(row)
+    for machine, own in machines.items():
+        latest: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for row in own:
+            flat = _flat({word: value for word, value in row.items() if word != "machine"})
+            latest[tuple(str(flat.get(word)) for word in CASES)] = flat
+        commits = sorted({str(row["machine"].get("commit", "unknown")) for row in own})
+        yield f"### {machine}\n"
+        yield f"Commits {', '.join(commits)}; {_versions(own[-1]['machine'])}.\n"
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for flat in latest.values():
+            groups.setdefault(str(flat.get("part", "")), []).append(flat)
+        for group in groups.values():
+            yield from _table(group)
+            yield ""
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    words = [word for row in rows for word in row]
+    columns = sorted(dict.fromkeys(words), key=lambda word: (word not in CASES, words.index(word)))
+    yield f"| {' | '.join(NAMES.get(word, word.replace('_', ' ')) for word in columns)} |"
+    yield f"|{'---|' * len(columns)}"
+    for row in rows:
+        yield f"| {' | '.join(_cell(row.get(word)) for word in columns)} |"
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row with the figures of each side as columns of their own."""
+    flat: dict[str, Any] = {}
+    for word, value in row.items():
+        if isinstance(value, dict):
+            flat |= {f"{word} {inner}": each for inner, each in value.items()}
+        else:
+            flat[word] = value
+    return flat
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value)
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    instructions = machine.get("instructions")
+    told = f", {', '.join(instructions)}" if instructions else ""
+    return f"{machine['processor']}, {machine['cores']} cores{told}"
+
+
+def _versions(machine: Mapping[str, Any]) -> str:
+    left_out = ("processor", "cores", "commit", "instructions", "pillow")
+    return ", ".join(f"{word} {value}" for word, value in machine.items() if word not in left_out)
+
+
+def _question(script: str) -> str:
+    """Return the first sentence of a script's docstring: what it asks."""
+    path = HERE / f"{script}.py"
+    told = ast.get_docstring(ast.parse(path.read_text("utf-8"))) if path.is_file() else None
+    return (told or script).splitlines()[0]
+
+
+if __name__ == "__main__":
+    main()

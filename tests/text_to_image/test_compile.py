@@ -1,0 +1,92 @@
+"""Compiled blocks: the same picture, few compilations, and none for a LoRA that is swapped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diptych import ImageGenerator
+from diptych.errors import BadInput, UnsupportedModel
+from tiny_pipelines import make_pipeline
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
+WORDS: dict[str, Any] = {"seed": 4, "num_inference_steps": 1, "width": 64, "height": 64}
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.fixture
+def generator(tmp_path: Path) -> Iterator[ImageGenerator]:
+    torch._dynamo.reset()
+    make_pipeline(tmp_path / "sd1", "sd1", 1)
+    yield ImageGenerator.load(tmp_path / "sd1", runtime="torch", device="cpu", dtype="float32")
+    torch._dynamo.reset()
+
+
+def draw(generator: ImageGenerator) -> np.ndarray:
+    return np.asarray(generator.generate("a fox", **WORDS).image, np.float32)
+
+
+def write_lora(path: Path, seed: int, width: int) -> Path:
+    from safetensors.torch import save_file
+
+    random = torch.Generator().manual_seed(seed)
+    down = torch.randn(2, width, generator=random)
+    up = torch.randn(width, 2, generator=random)
+    named = {f"unet.{LAYER}.lora_A.weight": down, f"unet.{LAYER}.lora_B.weight": up}
+    save_file(named, path)
+    return path
+
+
+def test_compiled_blocks_draw_the_same_and_swap_loras(
+    generator: ImageGenerator, tmp_path: Path
+) -> None:
+    """The backend only counts: what is tested is what torch.compile is asked to compile."""
+    from torch._dynamo.testing import CompileCounter
+
+    from diptych.runtimes.on_torch_generator import compile_blocks
+
+    plain = draw(generator)
+    counter = CompileCounter()
+    modules = generator.networks.modules
+    assert modules is not None
+    blocks = compile_blocks(modules, backend=counter, fullgraph=True)
+    assert np.abs(draw(generator) - plain).max() <= 1
+    first = counter.frame_count
+    assert 0 < first < blocks  # kinds, not blocks
+    draw(generator)
+    assert counter.frame_count == first
+    width = modules["unet"].get_submodule(LAYER).weight.shape[0]
+    pictures = []
+    for seed in (1, 2, 3):
+        lora = write_lora(tmp_path / f"{seed}.safetensors", seed, width)
+        handle = generator.load_lora(lora, fused=True)
+        pictures.append(draw(generator))
+        if seed == 1:
+            with_lora = counter.frame_count
+        assert counter.frame_count == with_lora
+        handle.set_scale(0.5)
+        draw(generator)
+        generator.unload_lora(handle)
+    assert np.abs(draw(generator) - plain).max() <= 1
+    assert counter.frame_count == with_lora
+    assert len({picture.tobytes() for picture in pictures}) == 3
+
+
+def test_what_cannot_be_compiled(generator: ImageGenerator) -> None:
+    with pytest.raises(BadInput, match="mode is 'fast'"):
+        generator.compile("fast")
+    with pytest.raises(UnsupportedModel, match="which compiles by itself"):
+        ImageGenerator.load().compile()
+
+
+@pytest.mark.slow
+def test_inductor_draws_the_same(generator: ImageGenerator) -> None:
+    plain = draw(generator)
+    generator.compile()
+    assert np.abs(draw(generator) - plain).max() <= 1
