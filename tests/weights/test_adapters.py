@@ -27,6 +27,7 @@ from diptych.models.unet import UNet, UNetConfig
 from diptych.weights.adapters import add_embedding, apply_lora, read_embedding
 from diptych.weights.dialects.ldm_unet import ldm_unet
 from diptych.weights.rename import backwards
+from traced import traced_once, untraced
 
 SD1 = UNetConfig(
     block_out_channels=(8, 16),
@@ -151,6 +152,7 @@ def kohya(prefix: str, path: str, update: Update) -> Tensors:
     return found
 
 
+@untraced()
 def places_by_diffusers(tensors: Tensors, config: UNetConfig) -> set[str]:
     """Return `network.path` of every layer, as diffusers understands the names."""
     settings = types.SimpleNamespace(layers_per_block=config.layers_per_block)
@@ -167,7 +169,7 @@ ATTENTION = r"attn|proj_in|proj_out|ff\.net|mlp\.fc"
 LOCON = ATTENTION + r"|conv|time_emb"
 
 
-@pytest.mark.parametrize("pattern", [ATTENTION, LOCON])
+@pytest.mark.parametrize("pattern", traced_once([LOCON, ATTENTION]))
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_reads_kohya(family: str, pattern: str, tmp_path: Path) -> None:
     modules = make_modules(family)
@@ -184,7 +186,7 @@ def test_reads_kohya(family: str, pattern: str, tmp_path: Path) -> None:
     check_applied(modules, updates, tmp_path / "lora.safetensors")
 
 
-@pytest.mark.parametrize("pattern", [ATTENTION, LOCON])
+@pytest.mark.parametrize("pattern", traced_once([LOCON, ATTENTION]))
 def test_reads_the_block_numbers_of_ldm(pattern: str, tmp_path: Path) -> None:
     modules = make_modules("sdxl")
     unet = modules["unet"]
@@ -208,7 +210,7 @@ PEFT_SPELLINGS = {
 }
 
 
-@pytest.mark.parametrize("spelling", PEFT_SPELLINGS.values(), ids=PEFT_SPELLINGS)
+@pytest.mark.parametrize("spelling", traced_once(PEFT_SPELLINGS.values()), ids=PEFT_SPELLINGS)
 def test_reads_dotted_paths(spelling: str, tmp_path: Path) -> None:
     modules = make_modules("sdxl")
     updates = draw_updates(modules, LOCON)

@@ -370,6 +370,7 @@ def test_a_good_program_of_the_same_kind_is_read(tmp_path: Path) -> None:
     assert value_of(found).view(torch.uint8).tolist() == torch.arange(24).view(2, 12).tolist()
 
 
+@pytest.mark.no_cover  # a few lines, a hundred thousand times
 @pytest.mark.parametrize(
     "program",
     [

@@ -19,6 +19,7 @@ from diptych.weights.load_generator import load_generator
 from diptych.weights.save_generator import save_generator
 from ldm_files import write_single_file
 from tiny_pipelines import FAMILIES, Family, make_pipeline
+from traced import traced_once, untraced
 
 Loaded = tuple[Any, GeneratorFolder, dict[str, nn.Module]]
 
@@ -46,6 +47,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
         assert torch.equal(ours[name], tensor), name
 
 
+@untraced()
 def quietly_loaded(folder: Path) -> Any:
     """Load a folder with diffusers; what it says about the config is an error."""
     from diffusers import DiffusionPipeline
@@ -128,7 +130,7 @@ def test_single_file_round_trip(loaded: Loaded, family: Family, tmp_path: Path) 
         assert_same(module, modules[name])
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", traced_once(["v_prediction", "epsilon"]))
 def test_prediction_type_survives(
     loaded: Loaded, family: Family, tmp_path: Path, prediction_type: str
 ) -> None:
