@@ -19,7 +19,7 @@ from diptych.weights.load_generator import load_generator
 from diptych.weights.save_generator import save_generator
 from ldm_files import write_single_file
 from tiny_pipelines import FAMILIES, Family, make_pipeline
-from traced import traced_once, untraced
+from traced import untraced
 
 Loaded = tuple[Any, GeneratorFolder, dict[str, nn.Module]]
 
@@ -130,7 +130,7 @@ def test_single_file_round_trip(loaded: Loaded, family: Family, tmp_path: Path) 
         assert_same(module, modules[name])
 
 
-@pytest.mark.parametrize("prediction_type", traced_once(["v_prediction", "epsilon"]))
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_prediction_type_survives(
     loaded: Loaded, family: Family, tmp_path: Path, prediction_type: str
 ) -> None:
