@@ -41,6 +41,10 @@ def export(
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="Pictures on which to compare captions; files, folders or globs."),
     ] = None,
+    calibration: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Pictures that fix the ranges of int8 in a captioner's encoder."),
+    ] = None,
     references: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
@@ -68,6 +72,7 @@ def export(
 
     judge = None
     sources = [each.source for each in find_pictures(images)] if images else None
+    ranging = [each.source for each in find_pictures(calibration)] if calibration else None
     if references is not None:
         from diptych.evaluation.captions import read_references
         from diptych.evaluation.exported import caption_judge
@@ -82,6 +87,7 @@ def export(
         quantize=quantize,
         profile=profile,
         images=sources,
+        calibration=ranging,
         words=None if words is None else _words_in(words),
         revision=revision,
         force=force,

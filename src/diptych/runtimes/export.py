@@ -67,6 +67,7 @@ def export_captioner(
     source: Mapping[str, Any],
     images: Sequence[Pixels] | None = None,
     quantize: str | None = None,
+    calibration: Sequence[Pixels] | None = None,
     words: Sequence[str] | None = None,
     most_bytes: int | None = None,
     force: bool = False,
@@ -75,9 +76,10 @@ def export_captioner(
     """Write `module` as an artifact to `folder`; return the content of its `export.json`.
 
     Captions of both are compared over `images` [C, H, W], or over seeded ones. `quantize` is None,
-    "fp16", "int8" or "int4". With `words` the vocabulary is cut to the tokens that those need, and
-    the positions to those of a caption. `most_bytes` presses a quantized artifact under that size.
-    `judge` compares the float32 model with the quantized one before that has its name.
+    "fp16", "int8" or "int4"; with `calibration` pictures int8 rounds what goes into the encoder's
+    products by ranges seen on those. With `words` the vocabulary is cut to the tokens that they
+    need, and the positions to those of a caption. `most_bytes` presses a quantized artifact under
+    that size. `judge` compares the float32 model with the quantized one before that has its name.
     Raises `BadInput` for what cannot be exported or written, and `QualityLoss` where quantizing
     changes more than its bound, unless `force`.
     """
@@ -112,7 +114,13 @@ def export_captioner(
         if quantize is not None:
             small = describe(source_of_small)
             report[quantize] = write_smaller(
-                small, staging, quantize, source, images=images, most_bytes=most_bytes
+                small,
+                staging,
+                quantize,
+                source,
+                images=images,
+                calibration=calibration,
+                most_bytes=most_bytes,
             )
             check_bound(report[quantize], quantize, images is not None, force)
             if judge is not None:

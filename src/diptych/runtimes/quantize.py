@@ -24,7 +24,16 @@ from diptych.runtimes.graph import read_network, write_network
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["MODES", "Bits", "bits_for", "check_mode", "quantize_network", "unit_of"]
+__all__ = [
+    "MODES",
+    "Bits",
+    "bits_for",
+    "check_mode",
+    "halve_tables",
+    "quantize_network",
+    "unit_of",
+    "used",
+]
 
 Weights = dict[str, NDArray[Any]]
 
@@ -88,17 +97,17 @@ def quantize_network(source: Path, target: Path, bits: Bits) -> None:
     model, weights = read_network(source)
     rewritten = _Rewriter(weights, bits)
     nodes = [new for node in model.graph.node for new in rewritten.rewrite(node)]
-    used = _used(nodes)
-    kept = {name: array for name, array in weights.items() if name in used}
-    made = {name: array for name, array in rewritten.made.items() if name in used}
-    casts, nodes = _halve_tables(kept, nodes)
+    read = used(nodes)
+    kept = {name: array for name, array in weights.items() if name in read}
+    made = {name: array for name, array in rewritten.made.items() if name in read}
+    casts, nodes = halve_tables(kept, nodes)
     del model.graph.node[:]
     model.graph.node.extend([*casts, *rewritten.casts, *nodes])
     halves = {name: array for name, array in rewritten.made.items() if name.endswith(_HALF_SCALES)}
     write_network(model, {**kept, **made, **halves}, target)
 
 
-def _used(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+def used(nodes: Iterable[onnx.NodeProto]) -> set[str]:
     """Return the values that `nodes` read, those read in their branches among them."""
     names: set[str] = set()
     for node in nodes:
@@ -108,7 +117,7 @@ def _used(nodes: Iterable[onnx.NodeProto]) -> set[str]:
 
 def _used_in_branches(node: onnx.NodeProto) -> set[str]:
     graphs = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
-    return {name for graph in graphs for name in _used(graph.node)}
+    return {name for graph in graphs for name in used(graph.node)}
 
 
 @dataclass
@@ -224,7 +233,7 @@ class _Rewriter:
         return [numbers, scales]
 
 
-def _halve_tables(
+def halve_tables(
     weights: Weights, nodes: Sequence[onnx.NodeProto]
 ) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
     """Store large arrays in half precision, in place.

@@ -33,6 +33,7 @@ from diptych.runtimes.artifact import (
 from diptych.runtimes.network import OpenNetworks, open_networks
 from diptych.runtimes.quantize import Bits, bits_for, check_mode, quantize_network
 from diptych.runtimes.sensitivity import Unit, spare, squeeze, sweep
+from diptych.runtimes.static_quantize import calibrate, quantize_statically
 from diptych.weights.files import ModelFolder, describe
 
 __all__ = ["check_bound", "compare_artifacts", "quantize_captioner", "write_smaller"]
@@ -54,13 +55,15 @@ def quantize_captioner(
     mode: str = "int8",
     *,
     images: Sequence[Pixels] | None = None,
+    calibration: Sequence[Pixels] | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
     """Write the artifact at `source`, which is left as it is, as a smaller one to `folder`.
 
     `mode` is fp16, int8 or int4. Captions of both are compared over `images` [C, H, W], or over
-    seeded ones. Returns the content of `quantize.json`. Raises `BadInput` for another mode, or a
-    source that is not float32, and `QualityLoss` where too few words stay the same, unless `force`.
+    seeded ones; for `calibration` see `write_smaller`. Returns the content of `quantize.json`.
+    Raises `BadInput` for another mode, or a source that is not float32, and `QualityLoss` where
+    too few words stay the same, unless `force`.
     """
     check_mode(mode)
     model = describe(Path(source))
@@ -71,7 +74,9 @@ def quantize_captioner(
         source_named = {"name": model.name, "revision": model.revision}
         report = {
             "versions": versions("onnxruntime", "onnx", "numpy"),
-            mode: write_smaller(model, staging, mode, source_named, images=images),
+            mode: write_smaller(
+                model, staging, mode, source_named, images=images, calibration=calibration
+            ),
         }
         write_json(staging / "quantize.json", report)
         check_bound(report[mode], mode, images is not None, force)
@@ -85,15 +90,20 @@ def write_smaller(
     source: Mapping[str, Any],
     *,
     images: Sequence[Pixels] | None = None,
+    calibration: Sequence[Pixels] | None = None,
     most_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Write the float32 artifact `model` as `mode` to `folder`; return how both compare.
 
-    With `most_bytes`, the matrices that bear it best go down to half the bits until it fits.
+    With `calibration` pictures the encoder's products are int8 by fixed ranges; the decoder, which
+    waits for memory rather than products, rounds as ever. With `most_bytes`, the matrices that
+    bear it best go down to half the bits until it fits.
     """
     pictures = pictures_for(model.config, model.preprocessing, images)
     bits, units = bits_for(mode), []
     _write(model, folder, mode, source, bits)
+    if calibration is not None:
+        return _write_static(model, folder, mode, source, calibration, pictures)
     report = compare_artifacts(model, describe(folder), pictures)
     tokens = report["tokens"]
     room = int(_ROOM.get(mode, 0) * _bytes(folder))
@@ -117,6 +127,23 @@ def write_smaller(
         for unit in units[:_SHOWN]
     ]
     return report
+
+
+def _write_static(
+    model: ModelFolder,
+    folder: Path,
+    mode: str,
+    source: Mapping[str, Any],
+    calibration: Sequence[Pixels],
+    pictures: Sequence[Pixels],
+) -> dict[str, Any]:
+    """Write the encoder anew with ranges seen on `calibration` [C, H, W]."""
+    path = model.networks["encoder"]
+    ranges = calibrate(path, ({"pixel_values": each[None]} for each in calibration))
+    quantize_statically(path, network_path(folder, "encoder"), ranges)
+    _describe(model, folder, mode, source)
+    report = compare_artifacts(model, describe(folder), pictures)
+    return {**report, "calibrated_on": len(calibration)}
 
 
 def check_bound(report: Mapping[str, Any], mode: str, own: bool, force: bool) -> None:
@@ -165,6 +192,10 @@ def _write(
     for network in NETWORKS:
         quantize_network(model.networks[network], network_path(folder, network), bits)
     copy_tokenizer(model.tokenizer, folder)
+    _describe(model, folder, mode, source)
+
+
+def _describe(model: ModelFolder, folder: Path, mode: str, source: Mapping[str, Any]) -> None:
     document = {
         "precision": mode,
         "config": model.config,
