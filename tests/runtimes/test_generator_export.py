@@ -157,7 +157,7 @@ def test_the_report_tells_how_far_apart_both_are(made: Callable[[str], Path]) ->
     assert report["versions"]["onnxruntime"]
 
 
-@pytest.mark.parametrize(("precision", "decibels"), [("fp16", 40), ("int8", 25)])
+@pytest.mark.parametrize(("precision", "decibels"), [("fp16", 40), ("int8", 25), ("int4", 12)])
 def test_smaller_artifacts(
     precision: str, decibels: float, made: Callable[[str], Path], tmp_path: Path
 ) -> None:
