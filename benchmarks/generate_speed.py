@@ -8,6 +8,7 @@ from the same files. Both take turns in one process; peak memory, import and loa
 fresh processes. One part a question:
 
 - float32, bfloat16: a step with guidance (the UNet on two rows), the VAE, a picture of two steps
+- onnx: a step and the VAE from ONNX files in float32, in ONNX Runtime and in OpenVINO
 - memory: a process that imports, loads and draws; its peak, and how long each took
 - import: what `import` alone costs
 - embedded: the default generator, which needs no torch
@@ -42,7 +43,7 @@ from harness import machine, python, record, take_turns, whole_process
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-PARTS = ("float32", "bfloat16", "memory", "import", "embedded", "cuda")
+PARTS = ("float32", "bfloat16", "onnx", "memory", "import", "embedded", "cuda")
 SIDES = ("ours", "diffusers")
 PROMPT = "a harbour at dawn, boats, calm water"
 EMBEDDED_PROMPT = "a red circle left of a blue square"
@@ -99,7 +100,7 @@ def _setting(options: argparse.Namespace, folder: Path) -> Setting:
         from diptych.runtimes.on_torch_widened import multiplies
 
         narrow = size if multiplies(_torch().bfloat16) else 64
-    if {"float32", "bfloat16", "memory", "cuda"} & set(options.parts):
+    if {"float32", "bfloat16", "onnx", "memory", "cuda"} & set(options.parts):
         _silence()
         make_model(folder, quick=options.quick)
     return Setting(folder, tuple(options.sides), size, narrow, options.repeats)
@@ -201,6 +202,53 @@ def side_by_side(setting: Setting, dtype: str) -> Iterator[dict[str, Any]]:
             }
     tasks.clear()
     gc.collect()
+
+
+def onnx(setting: Setting) -> Iterator[dict[str, Any]]:
+    """Measure the ONNX networks of each runtime beside diffusers in float32."""
+    from diptych import ImageGenerator
+    from diptych.runtimes.export_generator import write_networks
+    from diptych.weights.diffusion import describe_generator
+    from diptych.weights.load_generator import load_generator
+
+    size, folder = setting.size, setting.folder / "onnx"
+    if not (folder / "unet.onnx").exists():
+        progress("writing ONNX files")
+        folder.mkdir(exist_ok=True)
+        write_networks(load_generator(describe_generator(setting.folder)), folder)
+    tasks: dict[str, dict[str, Case]] = {"step": {}, "vae": {}}
+    theirs = _diffusers(setting, "float32", size)
+    inputs = _inputs(size, ImageGenerator.load(setting.folder, runtime="torch"))
+    step = {name: inputs[name] for name in ("latents", "timestep", "encoder_hidden_states")}
+    for runtime in ("onnxruntime", "openvino"):
+        unet, decoder = (_network(folder, name, runtime) for name in ("unet", "vae_decoder"))
+        tasks["step"][runtime] = lambda unet=unet: unet(**step)[0]
+        tasks["vae"][runtime] = lambda decoder=decoder: decoder(latents=inputs["latents"][:1])[0]
+    for task, cases in tasks.items():
+        cases["diffusers"] = theirs[task]
+        made: dict[str, Any] = {}
+        turns = {side: _watched(task, side, case, made) for side, case in cases.items()}
+        with _torch().inference_mode():
+            times = take_turns(turns, max(1, setting.repeats - 1))
+        expected = np.asarray(_plain(made["diffusers"]), np.float64)
+        for side, figures in times.items():
+            apart = float(np.linalg.norm(_plain(made[side]) - expected) / np.linalg.norm(expected))
+            ratio = _ratio(times, figures)
+            told = {"task": task, "side": side, "dtype": "float32", "size": size}
+            yield {**told, **figures, **ratio, "difference": apart}
+
+
+def _network(folder: Path, name: str, runtime: str) -> Any:
+    from diptych.runtimes import on_onnxruntime, on_openvino
+    from diptych.runtimes.network import GENERATOR_NETWORKS
+    from diptych.runtimes.onnx_networks import OnnxNetwork
+
+    def open_vino(path: Path, needed: str, *, keep_memory: bool) -> Any:
+        return on_openvino.OpenVinoSession(path, needed, keep_memory=keep_memory, dtype="float32")
+
+    opened = open_vino if runtime == "openvino" else on_onnxruntime.OnnxSession
+    io = GENERATOR_NETWORKS[name]
+    return OnnxNetwork(folder / f"{name}.onnx", *io, opened, keep_memory=name == "unet")
 
 
 def _ours(setting: Setting, dtype: str, size: int) -> dict[str, Case]:
@@ -448,6 +496,7 @@ def _cuda_cases(setting: Setting, dtype: str) -> dict[str, Case]:
 MEASURES: dict[str, Callable[[Setting], Iterator[dict[str, Any]]]] = {
     "float32": lambda setting: side_by_side(setting, "float32"),
     "bfloat16": lambda setting: side_by_side(setting, "bfloat16"),
+    "onnx": onnx,
     "memory": memory,
     "import": imports,
     "embedded": embedded,
