@@ -223,7 +223,7 @@ def test_weights_beyond_half_precision_stay_as_they_are(tmp_path: Path) -> None:
 
 
 def test_names_and_shapes_are_those_of_the_models() -> None:
-    assert GENERATOR_NETWORKS == {
+    assert {
         "text_encoder": (clip_text.INPUTS, clip_text.OUTPUTS),
         "text_encoder_2": (clip_text.INPUTS, clip_text.OUTPUTS),
         "unet": (unet.INPUTS, unet.OUTPUTS),
@@ -233,7 +233,7 @@ def test_names_and_shapes_are_those_of_the_models() -> None:
         ),
         "vae_encoder": (vae.INPUTS, vae.OUTPUTS),
         "vae_decoder": (vae.DECODER_INPUTS, vae.DECODER_OUTPUTS),
-    }
+    } == GENERATOR_NETWORKS
     for changes in UNETS.values():
         config = dataclasses.replace(UNetConfig.tiny(), **changes)
         assert unet_inputs(dataclasses.asdict(config)) == config.inputs
