@@ -2,6 +2,9 @@
 # Needed beforehand: make, and a Python of at least 3.11 (another than python3: make PYTHON=... demo).
 
 PYTHON ?= python3
+# Of the recipes: a config of one's own, and how many processes train the generator.
+CONFIG ?=
+PROCESSES ?= 2
 
 DEV  := .venv
 DEMO := .venv-demo
@@ -13,10 +16,10 @@ PYTEST      := $(OFFLINE) $(DEV)/bin/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow check fix bench docs clean
+.PHONY: help demo test test-slow check fix bench docs clean default-captioner default-generator
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
 
 demo: $(DEMO)/.installed ## caption the sample photos, draw a sheet of pictures (base install, no torch)
 	@$(DEMO)/bin/diptych caption examples/photos --verbose
@@ -50,6 +53,24 @@ fix: $(DEV)/.installed ## let ruff repair and format what it can
 bench: $(DEV)/.installed ## measure speed beside transformers and diffusers
 	@$(OFFLINE) $(DEV)/bin/python benchmarks/caption_speed.py
 	@$(OFFLINE) $(DEV)/bin/python benchmarks/generate_speed.py
+
+# Both are resumable: stopped and started again, they go on. Data: see the recipes.
+default-captioner: $(DEV)/.installed ## repeat the default captioner's recipe, into runs/ (hours)
+	@for stage in pretrain tokenizer train refine; do \
+	  $(DEV)/bin/python recipes/default_captioner/$$stage.py $(CONFIG) || exit 1; \
+	done
+	@$(DEV)/bin/python recipes/default_captioner/ship.py $(or $(CONFIG),recipes/default_captioner/config.toml) \
+	  runs/default_captioner/shipped
+
+default-generator: $(DEV)/.installed ## repeat the default generator's recipe, into runs/ (hours)
+	@export OMP_NUM_THREADS=1; recipe=recipes/default_generator; \
+	torchrun="$(DEV)/bin/torchrun --nproc-per-node $(PROCESSES)"; \
+	$$torchrun $$recipe/train_vae.py $(CONFIG) && \
+	$(DEV)/bin/python $$recipe/tokenizer.py $(CONFIG) && \
+	$(DEV)/bin/python $$recipe/words.py $(CONFIG) && \
+	$$torchrun $$recipe/train.py $(CONFIG) && \
+	$(DEV)/bin/python $$recipe/ship.py $(or $(CONFIG),$$recipe/config.toml) \
+	  runs/default_generator/shipped
 
 docs: $(DOCS)/.installed ## make the pictures of the guides, build the documentation into site/
 	@$(DOCS)/bin/python docs/generate_pictures.py
