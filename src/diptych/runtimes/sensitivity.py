@@ -28,7 +28,7 @@ __all__ = ["Unit", "spare", "squeeze", "sweep"]
 
 Floats = NDArray[np.float32]
 
-_PICTURES, _WORDS = 4, 8
+_PICTURES, _WORDS = 2, 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ def sweep(
 ) -> list[Unit]:
     """Round every unit of the float32 networks in `files` alone; the costliest unit first.
 
-    The first four of `images` [C, H, W] are looked at, for eight words each.
+    The first two of `images` [C, H, W] are looked at, for six words each.
     """
     bridge = BRIDGED[config["bridge"]]
     pixels = np.stack(list(images[:_PICTURES]))

@@ -42,7 +42,7 @@ Ids = NDArray[np.int64]
 
 # How much of the bytes the sweep may give back to the matrices that bear rounding badly.
 _ROOM = {"int8": 0.1, "int4": 0.015}
-_WANTED_IDENTICAL = 0.95  # captions; an int8 artifact below it gets a sweep
+_WANTED_IDENTICAL = 0.95  # of the captions of the user's pictures; int8 below it gets a sweep
 _SHOWN = 12  # units of a sweep that the report names
 # Bounds: the least share of identical captions on the user's pictures, and of tokens that agree
 # on seeded ones, where every word of a captioner is a near tie.
@@ -115,7 +115,9 @@ def write_smaller(
     if excess > 0:
         units = rounded(bits.usual // 2)
         bits = squeeze(bits, units, excess)
-    elif mode == "int4" or (mode == "int8" and _share(tokens) < _WANTED_IDENTICAL):
+    elif mode == "int4" or (
+        mode == "int8" and images is not None and _share(tokens) < _WANTED_IDENTICAL
+    ):
         units = rounded(bits.usual)
         bits = spare(bits, units, room)
     if bits.units:
