@@ -43,6 +43,7 @@ def write_lora(path: Path, seed: int, width: int) -> Path:
     return path
 
 
+@pytest.mark.no_cover  # the compiler reads bytecode for long, and much longer traced
 def test_compiled_blocks_draw_the_same_and_swap_loras(
     generator: ImageGenerator, tmp_path: Path
 ) -> None:
