@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+import diptych
 from diptych.errors import QualityLoss
 from diptych.runtimes.agreement import pictures_for
 from diptych.runtimes.quantize import Bits, unit_of
 from diptych.runtimes.sensitivity import Unit, spare, squeeze, sweep
 from diptych.runtimes.smaller_captioner import check_bound, quantize_captioner
-from diptych.weights.files import describe
+from diptych.weights.files import ModelFolder, describe
 
 Make = Callable[..., Any]
 
@@ -88,6 +89,21 @@ def test_a_great_loss_is_no_export(artifacts: Make, tmp_path: Path) -> None:
     with pytest.raises(QualityLoss, match="only 15% of the words are the same on seeded"):
         check_bound({"tokens": tokens}, "int8", own=False, force=False)
     check_bound({"tokens": tokens}, "int8", own=False, force=True)
+
+
+def test_an_artifact_alone_is_judged_as_well(artifacts: Make, tmp_path: Path) -> None:
+    """One that came without its checkpoint: it was made smaller unjudged."""
+
+    def refuse(before: ModelFolder, after: ModelFolder) -> dict[str, Any]:
+        assert (before.precision, after.precision) == ("fp32", "int8")
+        raise QualityLoss("worse")
+
+    source = artifacts("prefix") / "fp32"
+    with pytest.raises(QualityLoss, match="worse"):
+        diptych.export(source, tmp_path / "a", quantize="int8", judge=refuse)
+    assert not [*tmp_path.iterdir()]
+    report = diptych.export(source, tmp_path / "a", quantize="int8", judge=lambda *_: {"lost": 0})
+    assert report["int8"]["judged"] == {"lost": 0}
 
 
 def test_nothing_is_left_of_a_refused_export(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diptych.cli.flags import Output
+from diptych.cli.flags import Output, Task
 from diptych.cli.terminal import Format, progress
 
 if TYPE_CHECKING:
@@ -20,14 +20,7 @@ def bench(
     model: Annotated[
         str, typer.Argument(help="Name, folder or hub id of a model; default is both of ours.")
     ] = "default",
-    task: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--task",
-            "--panel",
-            help="image-to-text or text-to-image, where the name alone does not say it.",
-        ),
-    ] = None,
+    task: Task = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each, besides one to warm up.")] = 3,
     format: Output = Format.text,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")] = False,

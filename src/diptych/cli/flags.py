@@ -21,6 +21,7 @@ __all__ = [
     "Output",
     "Revision",
     "Runtime",
+    "Task",
     "meant",
     "with_options",
 ]
@@ -30,6 +31,14 @@ Revision = Annotated[Optional[str], typer.Option(help="Commit or branch of a hub
 Runtime = Annotated[str, typer.Option(help="auto, onnxruntime, openvino or torch.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Task = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--task",
+        "--panel",
+        help="image-to-text or text-to-image, where the name alone does not say it.",
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures captioned together.")]
 Output = Annotated[Format, typer.Option("--format", "-f", help="How to print the results.")]
 

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from diptych.cli.flags import Output, Revision
+from diptych.cli.flags import Output, Revision, Task
 from diptych.cli.terminal import Format, complain
 from diptych.errors import BadInput
 
@@ -29,14 +29,7 @@ def export(
         Optional[str],  # noqa: UP045
         typer.Option(help="edge: a captioner under 100 MB, int4 with the words captions use."),
     ] = None,
-    task: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--task",
-            "--panel",
-            help="image-to-text or text-to-image, where the name alone does not say it.",
-        ),
-    ] = None,
+    task: Task = None,
     images: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="Pictures on which to compare captions; files, folders or globs."),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diptych.errors import BadInput, UnsupportedModel
 from diptych.images import ImageInput, Preprocessing, preprocess
@@ -16,12 +16,12 @@ from diptych.weights.diffusion import GeneratorFolder, resolve_generator
 from diptych.weights.files import ModelFolder, describe
 from diptych.weights.hub import resolve
 
+if TYPE_CHECKING:
+    from diptych.runtimes.smaller_captioner import Judge
+
 __all__ = ["PROFILES", "export", "export_model", "tasks_of"]
 
 PROFILES = ("edge",)
-Judge = Callable[[ModelFolder, ModelFolder], dict[str, Any]]
-"""Compares a model with the smaller one that would replace it, before that has its name."""
-
 _EDGE_BYTES = 100_000_000
 
 
@@ -53,8 +53,7 @@ def export(
     something, and `QualityLoss` where a smaller model falls under its bound, unless `force`.
     """
     found: ModelFolder | GeneratorFolder
-    if task is not None and task not in catalog.TASKS:
-        raise BadInput(f"task is {task!r}: give {' or '.join(catalog.TASKS)}")
+    _check_task(task)
     chosen = task or _task_of(model)
     if chosen == catalog.PICTURES:
         found = resolve_generator(model, revision=revision)
@@ -103,7 +102,7 @@ def export_model(
         raise BadInput(f"quantize is {quantize!r}: give {choices}")
     _check_target(Path(folder), force)
     if isinstance(model, ModelFolder) and quantize and profile is None and not model.weights:
-        return _quantize_artifact(model, folder, quantize, images, calibration, force)
+        return _quantize_artifact(model, folder, quantize, images, calibration, force, judge)
     require_torch("exporting a model", "export")
     if isinstance(model, GeneratorFolder):
         if any(each is not None for each in (images, calibration, words, profile)):
@@ -142,6 +141,7 @@ def _quantize_artifact(
     images: Sequence[ImageInput] | None,
     calibration: Sequence[ImageInput] | None,
     force: bool,
+    judge: Judge | None,
 ) -> dict[str, Any]:
     """Make an artifact that came without its checkpoint smaller; torch is not needed."""
     from diptych.runtimes.smaller_captioner import quantize_captioner
@@ -149,7 +149,13 @@ def _quantize_artifact(
     preprocessing = Preprocessing.from_config(model.preprocessing)
     pixels, calibrating = _pixels(preprocessing, images, calibration, quantize)
     return quantize_captioner(
-        model.path, Path(folder), quantize, images=pixels, calibration=calibrating, force=force
+        model.path,
+        Path(folder),
+        quantize,
+        images=pixels,
+        calibration=calibrating,
+        force=force,
+        judge=judge,
     )
 
 
@@ -236,11 +242,15 @@ def _export_generator(
 
 def tasks_of(model: str | Path, task: str | None = None) -> tuple[str, ...]:
     """Tell what a model is for; both tasks for "default". `task` decides where it is given."""
-    if task is not None and task not in catalog.TASKS:
-        raise BadInput(f"task is {task!r}: give {' or '.join(catalog.TASKS)}")
+    _check_task(task)
     if task is None and str(model) == catalog.DEFAULT:
         return (catalog.CAPTIONS, catalog.PICTURES)
     return (task or _task_of(model) or catalog.CAPTIONS,)
+
+
+def _check_task(task: str | None) -> None:
+    if task is not None and task not in catalog.TASKS:
+        raise BadInput(f"task is {task!r}: give {' or '.join(catalog.TASKS)}")
 
 
 def _task_of(model: str | Path) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from diptych.runtimes.graph import Weights
 from diptych.runtimes.network import open_networks
 from diptych.runtimes.on_torch import faster, torch_networks, twin
 from diptych.runtimes.quantize import check_mode
-from diptych.runtimes.smaller_captioner import check_bound, write_smaller
+from diptych.runtimes.smaller_captioner import Judge, check_bound, write_smaller
 from diptych.runtimes.vocabulary import (
     cut_generation,
     cut_weights,
@@ -71,7 +71,7 @@ def export_captioner(
     words: Sequence[str] | None = None,
     most_bytes: int | None = None,
     force: bool = False,
-    judge: Callable[[ModelFolder, ModelFolder], dict[str, Any]] | None = None,
+    judge: Judge | None = None,
 ) -> dict[str, Any]:
     """Write `module` as an artifact to `folder`; return the content of its `export.json`.
 

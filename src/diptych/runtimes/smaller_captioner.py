@@ -5,12 +5,9 @@ The matrices that bear rounding badly are found by a sweep and kept wider; what 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from diptych.errors import BadInput, QualityLoss
 from diptych.runtimes.agreement import (
@@ -36,9 +33,10 @@ from diptych.runtimes.sensitivity import Unit, spare, squeeze, sweep
 from diptych.runtimes.static_quantize import calibrate, quantize_statically
 from diptych.weights.files import ModelFolder, describe
 
-__all__ = ["check_bound", "compare_artifacts", "quantize_captioner", "write_smaller"]
+__all__ = ["Judge", "check_bound", "compare_artifacts", "quantize_captioner", "write_smaller"]
 
-Ids = NDArray[np.int64]
+Judge = Callable[[ModelFolder, ModelFolder], dict[str, Any]]
+"""Compares a model with the smaller one that would replace it, before that has its name."""
 
 # How much of the bytes the sweep may give back to the matrices that bear rounding badly.
 _ROOM = {"int8": 0.1, "int4": 0.015}
@@ -57,13 +55,15 @@ def quantize_captioner(
     images: Sequence[Pixels] | None = None,
     calibration: Sequence[Pixels] | None = None,
     force: bool = False,
+    judge: Judge | None = None,
 ) -> dict[str, Any]:
     """Write the artifact at `source`, which is left as it is, as a smaller one to `folder`.
 
     `mode` is fp16, int8 or int4. Captions of both are compared over `images` [C, H, W], or over
-    seeded ones; for `calibration` see `write_smaller`. Returns the content of `quantize.json`.
-    Raises `BadInput` for another mode, or a source that is not float32, and `QualityLoss` where
-    too few words stay the same, unless `force`.
+    seeded ones; for `calibration` see `write_smaller`. `judge` compares both models before the
+    smaller one has its name. Returns the content of `quantize.json`. Raises `BadInput` for another
+    mode, or a source that is not float32, and `QualityLoss` where too few words stay the same,
+    unless `force`.
     """
     check_mode(mode)
     model = describe(Path(source))
@@ -78,8 +78,10 @@ def quantize_captioner(
                 model, staging, mode, source_named, images=images, calibration=calibration
             ),
         }
-        write_json(staging / "quantize.json", report)
         check_bound(report[mode], mode, images is not None, force)
+        if judge is not None:
+            report[mode]["judged"] = judge(model, describe(staging))
+        write_json(staging / "quantize.json", report)
     return report
 
 
@@ -101,9 +103,10 @@ def write_smaller(
     """
     pictures = pictures_for(model.config, model.preprocessing, images)
     bits, units = bits_for(mode), []
-    _write(model, folder, mode, source, bits)
+    _write(model, folder, mode, source, bits, calibration)
     if calibration is not None:
-        return _write_static(model, folder, mode, source, calibration, pictures)
+        report = compare_artifacts(model, describe(folder), pictures)
+        return {**report, "calibrated_on": len(calibration)}
     report = compare_artifacts(model, describe(folder), pictures)
     tokens = report["tokens"]
     room = int(_ROOM.get(mode, 0) * _bytes(folder))
@@ -129,23 +132,6 @@ def write_smaller(
         for unit in units[:_SHOWN]
     ]
     return report
-
-
-def _write_static(
-    model: ModelFolder,
-    folder: Path,
-    mode: str,
-    source: Mapping[str, Any],
-    calibration: Sequence[Pixels],
-    pictures: Sequence[Pixels],
-) -> dict[str, Any]:
-    """Write the encoder anew with ranges seen on `calibration` [C, H, W]."""
-    path = model.networks["encoder"]
-    ranges = calibrate(path, ({"pixel_values": each[None]} for each in calibration))
-    quantize_statically(path, network_path(folder, "encoder"), ranges)
-    _describe(model, folder, mode, source)
-    report = compare_artifacts(model, describe(folder), pictures)
-    return {**report, "calibrated_on": len(calibration)}
 
 
 def check_bound(report: Mapping[str, Any], mode: str, own: bool, force: bool) -> None:
@@ -189,15 +175,21 @@ def _tokens(
 
 
 def _write(
-    model: ModelFolder, folder: Path, mode: str, source: Mapping[str, Any], bits: Bits
+    model: ModelFolder,
+    folder: Path,
+    mode: str,
+    source: Mapping[str, Any],
+    bits: Bits,
+    calibration: Sequence[Pixels] | None = None,
 ) -> None:
     for network in NETWORKS:
-        quantize_network(model.networks[network], network_path(folder, network), bits)
+        path, target = model.networks[network], network_path(folder, network)
+        if network == "encoder" and calibration is not None:
+            ranges = calibrate(path, ({"pixel_values": each[None]} for each in calibration))
+            quantize_statically(path, target, ranges)
+        else:
+            quantize_network(path, target, bits)
     copy_tokenizer(model.tokenizer, folder)
-    _describe(model, folder, mode, source)
-
-
-def _describe(model: ModelFolder, folder: Path, mode: str, source: Mapping[str, Any]) -> None:
     document = {
         "precision": mode,
         "config": model.config,
