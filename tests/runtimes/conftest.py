@@ -168,3 +168,11 @@ def artifacts(
         return folder
 
     return find
+
+
+@pytest.fixture
+def own(artifacts: Callable[[str], Path], tmp_path: Path) -> Path:
+    """Return an artifact of the test's own, to be damaged."""
+    for path in (artifacts("cross-attention") / "fp32").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path

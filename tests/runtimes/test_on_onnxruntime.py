@@ -24,14 +24,6 @@ from diptych.weights.files import describe, verify
 Make = Callable[..., Any]
 
 
-@pytest.fixture
-def own(artifacts: Make, tmp_path: Path) -> Path:
-    """Return an artifact of the test's own, to be damaged."""
-    for path in (artifacts("cross-attention") / "fp32").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    return tmp_path
-
-
 def relocate(path: Path, location: str) -> None:
     model = onnx.load(path, load_external_data=False)
     for tensor in model.graph.initializer:
@@ -140,11 +132,12 @@ def test_wrong_shapes_are_told(artifacts: Make, pictures: Make) -> None:
         networks["decoder"](input_ids=np.array([[400], [0]]), cross_key_values=bridged)
 
 
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize(
     "location",
     ["../secret.data", "{parent}/secret.data", "link.data", "a/../../secret.data", "gone.data"],
 )
-def test_weights_outside_the_folder_are_refused(own: Path, location: str) -> None:
+def test_weights_outside_the_folder_are_refused(own: Path, location: str, runtime: str) -> None:
     inner = own / "inner"
     inner.mkdir()
     for path in own.glob("*.*"):
@@ -154,7 +147,7 @@ def test_weights_outside_the_folder_are_refused(own: Path, location: str) -> Non
     (inner / "link.data").symlink_to(secret)
     relocate(inner / "encoder.onnx", location.format(parent=own))
     with pytest.raises(UnsupportedModel, match=r"encoder\.onnx cannot be run"):
-        open_networks(describe(inner))
+        open_networks(describe(inner), runtime)
 
 
 def test_other_files_are_refused(own: Path) -> None:
