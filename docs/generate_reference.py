@@ -227,8 +227,6 @@ def _docstring(value: Any) -> list[str]:
 
 def cli_page() -> Iterator[str]:
     """Yield the lines of the page of verbs and flags, read from the Typer app itself."""
-    from diptych.cli import app
-
     yield from (NOTE, "", "# Command line", "")
     yield from ("`diptych` and `python -m diptych` are the same program.", "")
     yield from ("Results go to standard output, progress and complaints to standard error.", "")
@@ -238,16 +236,21 @@ def cli_page() -> Iterator[str]:
     yield from ("| 3 | some inputs failed, the others have their results |",)
     yield from ("| 130 | interrupted |", "")
     yield from ("Every command has `-h`, `--help`; `diptych --version` prints the version.", "")
-    for name, verb in _verbs(app, "diptych"):
+    for name, verb in _verbs():
         yield from _command(name, verb)
 
 
-def _verbs(app: Any, before: str) -> Iterator[tuple[str, Any]]:
+def _verbs() -> Iterator[tuple[str, Any]]:
     """Yield every command with its full name and the function behind it."""
-    for info in app.registered_commands:
-        yield f"{before} {info.name or info.callback.__name__}", info.callback
-    for group in app.registered_groups:
-        yield from _verbs(group.typer_instance, f"{before} {group.name}")
+    from diptych.cli.verbs import VERBS
+
+    for name, verb in VERBS.items():
+        found: Any = verb.find()
+        if inspect.isfunction(found):
+            yield f"diptych {name}", found
+            continue
+        for info in found.registered_commands:
+            yield f"diptych {name} {info.name}", info.callback
 
 
 def _command(name: str, verb: Any) -> Iterator[str]:

@@ -16,10 +16,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 import diptych
 from command_line import Done, call
 from diptych import Captioner
+from diptych.cli import app
+from diptych.cli.verbs import VERBS
 from tiny_models import make_captioner, make_photo
 
 
@@ -236,6 +239,25 @@ def test_evaluate_captions(
     scores = json.loads(done.out)
     assert scores["num_images"] == 2 and scores["bleu_1"] == pytest.approx(1)
     assert scores["cider_d"] > scores["blind"]["cider_d"]
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_a_verb_does_what_the_list_of_all_says(name: str) -> None:
+    """Help of all verbs imports none: their first lines are written down a second time."""
+    command = get_command(app).commands[name]  # type: ignore[attr-defined]
+    assert command.help.splitlines()[0] == VERBS[name].summary
+
+
+def test_help_imports_no_verb() -> None:
+    script = (
+        "import sys; sys.argv = ['diptych', '--help']; from diptych.cli import main\n"
+        "try: main()\n"
+        "finally: print(*sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert all(f"\n  {name} " in done.stdout for name in VERBS)
+    ours = {name for name in done.stderr.split() if name.startswith("diptych.")}
+    assert ours == {f"diptych.{name}" for name in ("cli", "cli.terminal", "cli.verbs", "errors")}
 
 
 def test_help_is_fast() -> None:

@@ -12,45 +12,19 @@ from typing import Annotated
 
 import typer
 
-from diptych.cli import (
-    bench,
-    caption,
-    edit,
-    evaluate,
-    evaluate_images,
-    evaluate_style,
-    finetune,
-    generate,
-    models,
-)
 from diptych.cli.terminal import FAILED, INTERRUPTED, USAGE, complain
+from diptych.cli.verbs import Verbs, without_frills
 from diptych.errors import BadImage, BadInput, DiptychError
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
+app = without_frills(
+    cls=Verbs,
     name="diptych",
     help="Pictures into words and words into pictures, on this machine.",
     no_args_is_help=True,
-    # Rich draws help prettily, and takes longer to import than the whole of diptych: plain is fast.
-    rich_markup_mode=None,
-    add_completion=False,
-    pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-app.command()(caption.caption)
-app.command()(generate.generate)
-app.command()(edit.img2img)
-app.command()(edit.inpaint)
-app.command()(edit.stylize)
-app.command()(models.export)
-app.command()(models.models)
-app.command()(bench.bench)
-evaluate.app.command("images")(evaluate_images.evaluate_images)
-evaluate.app.command("style")(evaluate_style.evaluate_style)
-app.add_typer(evaluate.app, name="evaluate")
-app.add_typer(finetune.app, name="finetune")
 
 
 def main() -> None:

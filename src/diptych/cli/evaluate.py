@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from diptych.cli.evaluate_images import evaluate_images
+from diptych.cli.evaluate_style import evaluate_style
 from diptych.cli.flags import BatchSize, Loading, Output, with_options
 from diptych.cli.terminal import SOME_FAILED, Format, check_writable, complain, progress
+from diptych.cli.verbs import without_frills
 from diptych.errors import BadInput
 
 if TYPE_CHECKING:
@@ -18,9 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(
-    rich_markup_mode=None, no_args_is_help=True, help="Measure a model on data with answers."
-)
+app = without_frills(no_args_is_help=True, help="Measure a model on data with answers.")
 
 
 @app.command("captions")
@@ -74,6 +75,10 @@ def evaluate_captions(
         print_report(found)
     if failed:
         raise typer.Exit(SOME_FAILED)
+
+
+app.command("images")(evaluate_images)
+app.command("style")(evaluate_style)
 
 
 def print_report(found: CaptionReport) -> None:

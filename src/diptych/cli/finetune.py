@@ -16,6 +16,7 @@ import typer
 
 from diptych.cli.flags import Device, Model, Output, Revision, with_options
 from diptych.cli.terminal import INTERRUPTED, Format, complain
+from diptych.cli.verbs import without_frills
 from diptych.errors import BadInput
 
 if TYPE_CHECKING:
@@ -25,9 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(
-    help="Teach a model from your own pictures.", no_args_is_help=True, rich_markup_mode=None
-)
+app = without_frills(no_args_is_help=True, help="Teach a model from your own pictures.")
 
 Data = Annotated[
     Path,
