@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +37,7 @@ logger = logging.getLogger("diptych")
 
 _WORKING_ROOM = 1 << 30  # bytes that a picture of 512 × 512 takes beside the weights
 _MOST_KINDS = 64
+_MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
 _KEPT_IN_FLOAT32 = ("timestep", "time_ids")
 
 
@@ -126,7 +128,21 @@ def compile_blocks(modules: Mapping[str, nn.Module], **words: Any) -> int:
     ]
     for block in blocks:
         block.compile(**words)
+    if words.get("mode") in _MODES_WITH_GRAPHS:
+        for name, call in (("unet", "predict"), ("vae", "encode"), ("vae", "decode")):
+            # In the instance, so that the network's own file stays free of it.
+            object.__setattr__(modules[name], call, partial(_as_one, getattr(modules[name], call)))
     return len(blocks)
+
+
+def _as_one(call: Callable[..., Any], *args: Any, **words: Any) -> Any:
+    """Run a network of blocks that are CUDA graphs, each of which reuses the same memory.
+
+    Else each block would begin anew, and write over what later ones still have to read.
+    """
+    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+    made = call(*args, **words)
+    return made.clone() if isinstance(made, Tensor) else tuple(each.clone() for each in made)
 
 
 def open_preview_vae(
@@ -213,6 +229,11 @@ class TorchVae(TorchNetwork):
     _overflows = False
 
     def _run(self, module: nn.Module, arrays: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        # A run that trains in half precision draws its samples so, which the VAE need not bear.
+        with torch.autocast(self._stage.device.type, enabled=False):
+            return self._run_finite(module, arrays)
+
+    def _run_finite(self, module: nn.Module, arrays: Mapping[str, Any]) -> tuple[Tensor, ...]:
         dtype = next(module.parameters()).dtype
         if computed_in(dtype, self._stage.device) == torch.float32:
             return super()._run(module, arrays)

@@ -101,26 +101,37 @@ def load_state(
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return what an optimizer remembers, by the number of the parameter and a word."""
+    # Not from its `state_dict`, in which 8-bit optimizers hide their numbers from FSDP.
     return {
         f"{index}.{name}": torch.as_tensor(value)
-        for index, values in optimizer.state_dict()["state"].items()
-        for name, value in values.items()
+        for index, parameter in enumerate(_parameters(optimizer))
+        for name, value in optimizer.state.get(parameter, {}).items()
         if value is not None
     }
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, packed: Mapping[str, Tensor]) -> None:
     """Give an optimizer back what `pack_optimizer` took from one of the same parameters."""
-    state: dict[int, dict[str, Tensor]] = {}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Any]] = {}
+    parameters = _parameters(optimizer)
     for key, value in packed.items():
         index, name = key.split(".", 1)
-        like = parameters[int(index)]
-        # The fused optimizer wants its averages laid out in memory as the parameter is.
-        fits = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
-        state.setdefault(int(index), {})[name] = fits.detach()
+        state.setdefault(int(index), {})[name] = _fitted(value, parameters[int(index)])
     whole = optimizer.state_dict()
     optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _fitted(value: Tensor, like: nn.Parameter) -> Tensor | int:
+    if value.dtype == torch.int64 and value.ndim == 0:
+        return int(value)  # a count of steps
+    if value.shape != like.shape:
+        return value
+    # The fused optimizer wants its averages laid out in memory as the parameter is.
+    return torch.empty_like(like, dtype=value.dtype).copy_(value).detach()
 
 
 def read_average(path: Path) -> dict[str, Tensor]:

@@ -1,0 +1,64 @@
+"""What an optimizer remembers comes back as it was, whatever it is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from diptych.training.state import pack_optimizer, unpack_optimizer
+
+
+class EightBit(torch.optim.Optimizer):
+    """As AdamW8bit of bitsandbytes 0.50: bytes, a plain count, and numbers hidden from FSDP."""
+
+    hidden = "__bnb_optimizer_quant_state__"
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            state["step"] = state.get("step", 0) + 1
+            state["state1"] = torch.arange(parameter.numel(), dtype=torch.uint8).view_as(parameter)
+            state["qmap1"] = torch.linspace(-1, 1, 256)
+
+    def state_dict(self) -> dict[str, Any]:
+        found = super().state_dict()
+        for index, state in found["state"].items():
+            bare = {"step": state["step"]}
+            hidden = {name: each for name, each in state.items() if name != "step"}
+            found["state"][index] = {**bare, self.hidden: hidden}
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        parameters = self.param_groups[0]["params"]
+        for index, state in state_dict["state"].items():
+            self.state[parameters[index]] = dict(state)
+
+
+@pytest.mark.parametrize("kind", [EightBit, torch.optim.AdamW, torch.optim.SGD])
+def test_an_optimizer_comes_back(kind: Any) -> None:
+    parameters = [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(()))]
+    first, second = (kind(parameters) for _ in range(2))
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    for _ in range(3):
+        first.step()
+    packed = pack_optimizer(first)
+    assert all(isinstance(each, torch.Tensor) for each in packed.values())
+    unpack_optimizer(second, packed)
+    for parameter in parameters:
+        before, after = first.state[parameter], second.state[parameter]
+        before = {name: each for name, each in before.items() if each is not None}
+        assert before.keys() == after.keys()
+        for name, each in before.items():
+            assert type(each) is type(after[name])
+            if isinstance(each, torch.Tensor):
+                assert each.dtype == after[name].dtype
+                assert torch.equal(each, after[name])
+            else:
+                assert each == after[name]
