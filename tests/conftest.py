@@ -57,11 +57,24 @@ def _is_local(host: Any) -> bool:
         return False
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _measure() -> Iterator[Any]:
+    """Spare exports, those of shared fixtures too, the two processes that measure them."""
+    from diptych.runtimes import conversion
+
+    measure = conversion._add_figures
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversion, "_add_figures", lambda *_: None)
+        yield measure
+
+
 @pytest.fixture(autouse=True)
-def _no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare exports the two processes that measure them, but for tests about these."""
-    if "figures" not in request.keywords:
-        monkeypatch.setattr("diptych.runtimes.conversion._add_figures", lambda *_: None)
+def _figures(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _measure: Any
+) -> None:
+    """Let the tests about these figures have them."""
+    if "figures" in request.keywords:
+        monkeypatch.setattr("diptych.runtimes.conversion._add_figures", _measure)
 
 
 @pytest.fixture(autouse=True, scope="session")
