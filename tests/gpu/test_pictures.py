@@ -1,0 +1,213 @@
+"""Pictures of a GPU are those of the CPU, from the same noise; compiled blocks draw the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diptych import ImageGenerator
+from diptych.errors import DiptychError
+from tiny_models import make_photo
+
+torch = pytest.importorskip("torch")
+
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+SIZE = {"width": 64, "height": 64}
+PROMPTS = ["a red circle left of a blue square", "a boat", "two cats"]
+Draw = Callable[[ImageGenerator], Any]
+
+
+def _photo(seed: int) -> Image.Image:
+    return make_photo(seed, (64, 64))
+
+
+# What is drawn, each by what it has of its own: noise between steps, masks, rows of style.
+TASKS: dict[str, Draw] = {
+    "ddim": lambda g: g.generate(PROMPTS[0], seed=5, num_inference_steps=4, sampler="ddim", **SIZE),
+    "euler_a": lambda g: g.generate(
+        PROMPTS[0], seed=5, num_inference_steps=4, sampler="euler_a", **SIZE
+    ),
+    "torch noise": lambda g: g.generate(
+        PROMPTS[0], seed=5, num_inference_steps=3, noise_source="torch", **SIZE
+    ),
+    "rescaled": lambda g: g.generate(
+        "a (red:1.3) boat", seed=5, num_inference_steps=3, guidance_rescale=0.7, **SIZE
+    ),
+    "features reused": lambda g: g.generate(
+        PROMPTS[0], seed=5, num_inference_steps=4, reuse_interval=2, **SIZE
+    ),
+    "image_to_image": lambda g: g.image_to_image(
+        _photo(1), PROMPTS[0], seed=5, num_inference_steps=4, strength=0.6
+    ),
+    "inpaint": lambda g: g.inpaint(
+        _photo(1), _half_mask(), PROMPTS[0], seed=5, num_inference_steps=4, **SIZE
+    ),
+    "style_transfer": lambda g: g.style_transfer(
+        _photo(1), _photo(2), seed=5, num_inference_steps=4
+    ),
+}
+
+
+def open_generator(model: str, small: Path, device: str, dtype: str, **words: Any) -> Any:
+    name = small if model == "small" else "default"
+    try:
+        return ImageGenerator.load(name, runtime="torch", device=device, dtype=dtype, **words)
+    except DiptychError as error:
+        if model == "small":
+            raise
+        pytest.skip(f"no default generator here: {error}")
+
+
+@pytest.fixture
+def pair(small_generator: Path, device: str) -> tuple[ImageGenerator, ImageGenerator]:
+    """Return the small generator in float32 on the CPU and on the device."""
+    return tuple(  # type: ignore[return-value]
+        open_generator("small", small_generator, each, "float32") for each in ("cpu", device)
+    )
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_float32_draws_what_the_cpu_draws(
+    task: str, pair: tuple[ImageGenerator, ImageGenerator], note: Any
+) -> None:
+    decibels = psnr(*(TASKS[task](each).image for each in pair))
+    note(model="small", task=task, dtype="float32", psnr_db=decibels)
+    assert decibels >= 40
+
+
+@pytest.mark.parametrize(
+    ("dtype", "least"), [("float32", 40), ("float16", 25), ("bfloat16", 25)], ids=str
+)
+@pytest.mark.parametrize("model", ["small", "default"])
+def test_each_type_is_near_the_cpu(
+    model: str, dtype: str, least: float, small_generator: Path, device: str, note: Any
+) -> None:
+    words: dict[str, Any] = {"seed": 7, "num_inference_steps": 8}
+    words |= SIZE if model == "small" else {}
+    made = []
+    for where, kind in (("cpu", "float32"), (device, dtype)):
+        generator = open_generator(model, small_generator, where, kind)
+        assert (generator.networks.device, generator.networks.dtype) == (where, kind)
+        made.append([each.image for each in generator.generate(PROMPTS, **words)])
+    decibels = [psnr(*both) for both in zip(*made, strict=True)]
+    note(model=model, dtype=dtype, psnr_db=min(decibels), best_db=max(decibels))
+    assert min(decibels) >= least
+
+
+def test_a_batch_draws_what_single_pictures_are(
+    pair: tuple[ImageGenerator, ImageGenerator], note: Any
+) -> None:
+    _, there = pair
+    words: dict[str, Any] = {"num_inference_steps": 3, **SIZE}
+    together = there.generate(PROMPTS, seed=7, batch_size=3, **words)
+    alone = [there.generate(each, seed=7 + n, **words) for n, each in enumerate(PROMPTS)]
+    decibels = min(psnr(a.image, b.image) for a, b in zip(together, alone, strict=True))
+    note(psnr_db=decibels)
+    assert decibels >= 40
+
+
+def test_every_start_is_the_same_noise(
+    pair: tuple[ImageGenerator, ImageGenerator], device: str
+) -> None:
+    """The start noise is the CPU's to the bit, and that of torch's own generator on a GPU."""
+    first = [next(iter(each.denoising_steps("", seed=3, num_inference_steps=1))) for each in pair]
+    assert len({step.sigma for step in first}) == 1
+    from diptych.text_to_image.samplers import NoiseSource
+
+    drawn = NoiseSource([3]).draw((4, 8, 8))[0]
+    if device != "cpu":
+        own = torch.randn(4, 8, 8, device=device, generator=torch.Generator(device).manual_seed(3))
+        np.testing.assert_allclose(drawn, own.cpu().numpy(), atol=1e-5)
+
+
+def test_previews_tokens_merged_and_networks_that_take_turns(
+    small_generator: Path, device: str, note: Any
+) -> None:
+    plain = open_generator("small", small_generator, device, "float16")
+    words: dict[str, Any] = {"seed": 5, "num_inference_steps": 3, **SIZE}
+    wanted = plain.generate(PROMPTS[0], **words).image
+    turns = open_generator("small", small_generator, device, "float16", offload=True)
+    decibels = psnr(turns.generate(PROMPTS[0], **words).image, wanted)
+    merged = plain.generate(PROMPTS[0], token_merging_ratio=0.5, **words).image
+    *_, last = plain.denoising_steps(PROMPTS[0], **words)
+    assert last.preview().size == last.result().image.size == (64, 64)
+    note(offload_db=decibels, merged_db=psnr(merged, wanted))
+    assert decibels >= 40
+
+
+@pytest.fixture
+def _forgetting_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_forgetting_compiler")
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_compiled_blocks(
+    mode: str | None, small_generator: Path, device: str, tmp_path: Path, note: Any
+) -> None:
+    """Compiled for the GPU they draw the same, and nothing is compiled anew for another LoRA."""
+    dtype = "float32" if device == "cpu" else "float16"
+    generator = open_generator("small", small_generator, device, dtype)
+    words: dict[str, Any] = {"seed": 5, "num_inference_steps": 3, **SIZE}
+
+    def draw() -> Image.Image:
+        return generator.generate(PROMPTS[0], **words).image
+
+    loras = [write_lora(tmp_path / f"{n}.safetensors", n, generator) for n in range(2)]
+    wanted = [draw(), *with_each(generator, loras, draw)]
+    generator.compile(mode)
+    draw()  # compiles
+    with_each(generator, loras[:1], draw)  # compiles the layer that has an update
+    before = graphs()
+    found = [draw(), *with_each(generator, loras, draw)]
+    decibels = [psnr(*both) for both in zip(found, wanted, strict=True)]
+    moved = psnr(wanted[1], wanted[2])
+    note(mode=mode, psnr_db=min(decibels), loras_apart_db=moved, anew=graphs() - before)
+    assert min(decibels) >= 35
+    assert moved < 60, "the LoRAs change nothing that could be seen"
+    assert graphs() == before
+
+
+def with_each(generator: ImageGenerator, loras: list[Path], draw: Any) -> list[Image.Image]:
+    made = []
+    for lora in loras:
+        handle = generator.load_lora(lora, fused=True)
+        made.append(draw())
+        generator.unload_lora(handle)
+    return made
+
+
+def write_lora(path: Path, seed: int, generator: ImageGenerator) -> Path:
+    from safetensors.torch import save_file
+
+    assert generator.networks.modules is not None
+    width = generator.networks.modules["unet"].get_submodule(LAYER).weight.shape[0]
+    random = torch.Generator().manual_seed(seed)
+    down = torch.randn(2, width, generator=random)
+    up = torch.randn(width, 2, generator=random)
+    named = {f"unet.{LAYER}.lora_A.weight": down, f"unet.{LAYER}.lora_B.weight": up}
+    save_file(named, path)
+    return path
+
+
+def graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def psnr(one: Image.Image, other: Image.Image) -> float:
+    error = np.mean(np.subtract(one, other, dtype=np.float64) ** 2)
+    return float(10 * math.log10(255**2 / error)) if error else 99.0
+
+
+def _half_mask() -> Image.Image:
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 32, 64))
+    return mask
