@@ -64,10 +64,10 @@ class Split:
 
 
 def read_split(config: dict[str, Any], tokenizer: Gpt2Tokenizer, training: bool) -> Split:
-    data = Path(config["data"])
-    photos = captioned(data / "flickr8k_224", {"train", "extra"} if training else {"val"})
+    data, size = Path(config["data"]), config["train"]["stored_size"]
+    photos = captioned(data / "flickr8k_224", {"train", "extra"} if training else {"val"}, size)
     if training:
-        more = captioned(data / "pascal_sentences_224", {"train"})
+        more = captioned(data / "pascal_sentences_224", {"train"}, size)
         photos = Captioned(torch.cat([photos.pixels, more.pixels]), photos.captions + more.captions)
     captions = [[clean(caption) for caption in several] for several in photos.captions]
     ids = [[tokenizer.encode(c)[: MAX_LENGTH - 1] for c in several] for several in captions]
@@ -120,7 +120,10 @@ def word_logits(model: VisionEncoderDecoder, cache: Tensor, inputs: Tensor) -> T
 def rollout(
     model: VisionEncoderDecoder, cache: Tensor, each: int, chance: torch.Generator | None
 ) -> list[list[int]]:
-    """Write `each` captions a picture: drawn where `chance` is given, else the likeliest words."""
+    """Write `each` captions a picture: drawn where `chance` is given, else the likeliest words.
+
+    `chance` lives on the device of the model.
+    """
     cache = cache.repeat_interleave(each, dim=2)
     rows = cache.shape[2]
     new = torch.full((rows, 1), START, device=cache.device)
@@ -131,7 +134,7 @@ def rollout(
         if chance is None:
             chosen = logits.argmax(-1)
         else:
-            noise = torch.rand(logits.shape, generator=chance).to(logits.device)
+            noise = torch.rand(logits.shape, generator=chance, device=logits.device)
             chosen = (logits - (-noise.clamp(1e-9, 1 - 1e-7).log()).log()).argmax(-1)
         chosen = torch.where(alive, chosen, START)
         words.append(chosen)

@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-STORED_SIZE = 160  # photos are kept a little larger than the crops that are cut from them
-
 
 @dataclass(frozen=True)
 class Labelled:
@@ -44,7 +42,7 @@ def tiny_imagenet(folder: Path, split: str) -> Labelled:
     return Labelled(as_planes(pictures), torch.from_numpy(index["label"].astype(np.int64)))
 
 
-def captioned(folder: Path, splits: set[str], size: int = STORED_SIZE) -> Captioned:
+def captioned(folder: Path, splits: set[str], size: int) -> Captioned:
     """Read the photos and captions of some splits, each photo squashed to a square."""
     rows = [json.loads(line) for line in (folder / "captions.jsonl").open(encoding="utf-8")]
     rows = [row for row in rows if row["split"] in splits]
@@ -93,6 +91,23 @@ def views(pixels: Tensor, size: int, smallest_crop: float, generator: torch.Gene
     grey = picture.mean(1, keepdim=True)
     picture = grey + (picture - grey) * saturation.to(device)
     return (picture * contrast.to(device) + brightness.to(device)).clamp(-1, 1)
+
+
+def mixed(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
+    """Paste a piece of another picture into each of `pixels` (CutMix: Yun et al. 2019).
+
+    Returns the pictures, from which row the piece of each came, and the share that stayed.
+    """
+    height, width = pixels.shape[2:]
+    side = (1 - torch.rand(1, generator=generator).item()) ** 0.5
+    top, left = (torch.rand(2, generator=generator) * (1 - side)).tolist()
+    rows = slice(round(top * height), round((top + side) * height))
+    columns = slice(round(left * width), round((left + side) * width))
+    other = torch.randperm(len(pixels), generator=generator).to(pixels.device)
+    pixels = pixels.clone()
+    pixels[:, :, rows, columns] = pixels[other][:, :, rows, columns]
+    area = (rows.stop - rows.start) * (columns.stop - columns.start)
+    return pixels, other, 1 - area / (height * width)
 
 
 def plain(pixels: Tensor, size: int) -> Tensor:

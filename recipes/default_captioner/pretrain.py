@@ -7,6 +7,7 @@ Stop it at any time: it goes on from the last finished epoch.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tomllib
 from dataclasses import replace
@@ -18,8 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diptych.models.vit import ViT, ViTConfig
-from diptych.training.state import Average, Log, decayed, learning_rate, load_state, save_state
-from pictures import Labelled, plain, tiny_imagenet, views
+from diptych.training.state import (
+    Average,
+    Log,
+    Pace,
+    decayed,
+    learning_rate,
+    load_state,
+    save_state,
+)
+from pictures import Labelled, mixed, plain, tiny_imagenet, views
 
 
 class Classifier(nn.Module):
@@ -74,8 +83,10 @@ def main(config: dict[str, Any]) -> None:
     options, output = config["pretrain"], Path(config["output"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config["seed"])
+    torch.backends.cudnn.benchmark = True
     folder = Path(config["data"]) / "tiny_imagenet_64"
     train, val = tiny_imagenet(folder, "train"), tiny_imagenet(folder, "val")
+    train = Labelled(train.pixels.to(device), train.labels.to(device))
     size, batch_size, epochs = (options[k] for k in ("image_size", "batch_size", "epochs"))
 
     model = Classifier(replace(encoder_config(config), image_size=size), 200)
@@ -86,29 +97,36 @@ def main(config: dict[str, Any]) -> None:
         decayed(model.named_parameters(), options["weight_decay"]), lr=0.0, fused=True
     )
     log, state = Log(output / "pretrain.jsonl"), output / "pretrain.safetensors"
-    first = 0
+    first, spent = 0, 0.0
     if state.exists():
-        first = load_state(state, model, average, optimizer)["epoch"] + 1
+        progress = load_state(state, model, average, optimizer)
+        first, spent = progress["epoch"] + 1, progress.get("spent", 0.0)
     per_epoch = len(train.labels) // batch_size
+    pace = Pace(epochs * per_epoch, options.get("seconds"), spent)
 
-    for epoch in range(first, epochs):
+    for epoch in itertools.count(first):
+        if epoch * per_epoch >= pace.total(epoch * per_epoch):
+            break
         # All chance of an epoch follows from its number: a resumed run equals an unbroken one.
         chance = torch.Generator().manual_seed(config["seed"] * 1000 + epoch)
         order, losses = torch.randperm(len(train.labels), generator=chance), []
         for index in range(per_epoch):
             chosen = order[index * batch_size : (index + 1) * batch_size]
-            pixels = views(
-                train.pixels[chosen].to(device), size, options["smallest_crop"], chance
-            ).contiguous(memory_format=torch.channels_last)
+            chosen = chosen.to(device)
+            pixels = views(train.pixels[chosen], size, options["smallest_crop"], chance)
+            labels, other, stays = train.labels[chosen], chosen, 1.0
+            if torch.rand(1, generator=chance).item() < options["cutmix"]:
+                pixels, partner, stays = mixed(pixels, chance)
+                other = chosen[partner]
             with torch.autocast(device, torch.bfloat16):
-                scores = model(pixels)
-            loss = F.cross_entropy(
-                scores.float(),
-                train.labels[chosen].to(device),
-                label_smoothing=options["label_smoothing"],
+                scores = model(pixels.contiguous(memory_format=torch.channels_last)).float()
+            loss = sum(
+                share * F.cross_entropy(scores, each, label_smoothing=options["label_smoothing"])
+                for share, each in ((stays, labels), (1 - stays, train.labels[other]))
+                if share
             )
             step = epoch * per_epoch + index
-            rate = learning_rate(step, epochs * per_epoch, options["warmup_steps"])
+            rate = learning_rate(step, pace.total(step), options["warmup_steps"])
             for group in optimizer.param_groups:
                 group["lr"] = options["learning_rate"] * rate
             loss.backward()
@@ -116,19 +134,20 @@ def main(config: dict[str, Any]) -> None:
             optimizer.step()
             optimizer.zero_grad()
             average.update(model)
-            losses.append(float(loss.detach()))
+            losses.append(loss.detach())
+        done = (epoch + 1) * per_epoch >= pace.total((epoch + 1) * per_epoch)
+        if not done and (epoch + 1) % options["validate_every"]:
+            continue
         own = {name: value.clone() for name, value in model.state_dict().items()}
-        plain_accuracy = accuracy(model, val, size, device)
         model.load_state_dict(average.tensors)
         log.write(
             stage="pretrain",
             epoch=epoch,
-            loss=round(sum(losses) / len(losses), 4),
-            val_accuracy=round(plain_accuracy, 4),
+            loss=round(float(sum(losses)) / len(losses), 4),
             val_accuracy_average=round(accuracy(model, val, size, device), 4),
         )
         model.load_state_dict(own)
-        save_state(state, model, average, optimizer, {"epoch": epoch})
+        save_state(state, model, average, optimizer, {"epoch": epoch, "spent": pace.spent})
 
 
 if __name__ == "__main__":

@@ -3,13 +3,18 @@
     python recipes/default_captioner/refine.py [config.toml]
 
 Several captions are drawn a photo; each is judged against the mean of its siblings, so that the
-better ones become likelier. Starts from the best checkpoint of stage 3.
+better ones become likelier. The end of a sentence counts as a word, else captions that break off in
+the middle would win. Starts from the best checkpoint of stage 3.
 """
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
+import os
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +38,7 @@ from diptych.text import Gpt2Tokenizer
 from diptych.training.state import (
     Average,
     Log,
+    Pace,
     decayed,
     learning_rate,
     load_state,
@@ -41,13 +47,31 @@ from diptych.training.state import (
 )
 from pictures import views
 
+END = "<end>"
 
-def rewards(judge: CiderD, photos: list[int], texts: list[str], each: int) -> Tensor:
-    """Return [photos * each]: CIDEr-D of every caption against its photo's references."""
-    scores = [
-        judge.score(photos[index // each], tokenize_words(text)) for index, text in enumerate(texts)
-    ]
-    return torch.tensor(scores)
+
+class Jury:
+    """Score captions by CIDEr-D, in one process a processor where there are many."""
+
+    def __init__(self, captions: Sequence[Sequence[str]]) -> None:
+        judge = CiderD([[[*tokenize_words(c), END] for c in several] for several in captions])
+        Jury._judge = judge  # what the forked processes inherit
+        count = min(8, os.cpu_count() or 1)
+        # Forked before anything touches a GPU.
+        self._pool = multiprocessing.get_context("fork").Pool(count) if count > 2 else None
+
+    _judge: CiderD
+
+    def score(self, photos: Sequence[int], captions: Sequence[Sequence[str]]) -> Tensor:
+        """Return [captions]: that of each caption against the references of its photo."""
+        pairs = list(zip(photos, captions, strict=True))
+        if self._pool is None:
+            return torch.tensor([_score(pair) for pair in pairs])
+        return torch.tensor(self._pool.map(_score, pairs, chunksize=40))
+
+
+def _score(pair: tuple[int, Sequence[str]]) -> float:
+    return Jury._judge.score(*pair)
 
 
 def advantages(reward: Tensor, each: int) -> Tensor:
@@ -59,11 +83,13 @@ def advantages(reward: Tensor, each: int) -> Tensor:
 
 def main(config: dict[str, Any]) -> None:
     options, output = config["refine"], Path(config["output"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(config["seed"])
     tokenizer = Gpt2Tokenizer.load(output / "tokenizer.json")
     train, val = (read_split(config, tokenizer, training) for training in (True, False))
-    judge = CiderD([[tokenize_words(c) for c in several] for several in train.captions])
+    jury = Jury(train.captions)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(config["seed"])
+    torch.backends.cudnn.benchmark = True
+    photos = train.photos.pixels.to(device)
 
     # Without dropout: what is drawn and what is learnt from must be the same distribution.
     model = new_model(config).to(device)
@@ -78,36 +104,43 @@ def main(config: dict[str, Any]) -> None:
     )
     log, state = Log(output / "refine.jsonl"), output / "refine.safetensors"
     scores, texts = validate(model, val, tokenizer, device)
-    first, best = 0, scores["val_cider"]
+    first, best, spent = 0, scores["val_cider"], 0.0
     if state.exists():
         progress = load_state(state, model, average, optimizer)
-        first, best = progress["epoch"] + 1, progress["best"]
+        first, best, spent = progress["epoch"] + 1, progress["best"], progress.get("spent", 0.0)
     else:
         log.write(stage="refine", epoch=-1, **scores, sample=texts[:3])
     per_epoch = len(train.captions) // options["batch_size"]
     size, each = config["encoder"]["image_size"], options["samples"]
+    pace = Pace(options["epochs"] * per_epoch, options.get("seconds"), spent)
 
-    for epoch in range(first, options["epochs"]):
+    for epoch in itertools.count(first):
+        if epoch * per_epoch >= pace.total(epoch * per_epoch):
+            break
         chance = torch.Generator().manual_seed(config["seed"] * 2000 + epoch)
+        draws = torch.Generator(device).manual_seed(config["seed"] * 2000 + epoch)
         order, told = torch.randperm(len(train.captions), generator=chance), []
         for index in range(per_epoch):
             chosen = order[index * options["batch_size"] :][: options["batch_size"]]
             pixels = views(
-                train.photos.pixels[chosen].to(device), size, options["smallest_crop"], chance
+                photos[chosen.to(device)], size, options["smallest_crop"], chance
             ).contiguous(memory_format=torch.channels_last)
             # Statistics of the batches would drift with so few steps: keep those of stage 3.
             model.eval()
             with torch.autocast(device, torch.bfloat16):
                 cache = image_cache(model, model.encode(pixels))
-                rows = rollout(model, cache.detach(), each, chance)
+                rows = rollout(model, cache.detach(), each, draws)
                 inputs, targets = padded(rows)
                 # A caption cut off by the length limit did not choose to end.
                 for place, row in enumerate(rows):
                     if len(row) >= MAX_LENGTH:
                         targets[place, len(row)] = IGNORED
                 logits = word_logits(model, cache, inputs.to(device)).float()
-            texts = [tokenizer.decode(row) for row in rows]
-            reward = rewards(judge, chosen.tolist(), texts, each)
+            words = [
+                [*tokenize_words(tokenizer.decode(row)), *([END] if len(row) < MAX_LENGTH else [])]
+                for row in rows
+            ]
+            reward = jury.score(chosen.repeat_interleave(each).tolist(), words)
             gain = advantages(reward, each).to(device)
             cost = F.cross_entropy(
                 logits.flatten(0, 1),
@@ -116,9 +149,8 @@ def main(config: dict[str, Any]) -> None:
                 reduction="none",
             ).view(targets.shape)
             loss = (cost * gain[:, None]).sum() / (targets != IGNORED).sum()
-            rate = learning_rate(
-                epoch * per_epoch + index, options["epochs"] * per_epoch, options["warmup_steps"]
-            )
+            step = epoch * per_epoch + index
+            rate = learning_rate(step, pace.total(step), options["warmup_steps"])
             for group in optimizer.param_groups:
                 group["lr"] = options["learning_rate"] * rate
             loss.backward()
@@ -138,7 +170,11 @@ def main(config: dict[str, Any]) -> None:
             **scores,
             sample=texts[:3],
         )
-        progress = {"epoch": epoch, "best": max(best, scores["val_cider"])}
+        progress = {
+            "epoch": epoch,
+            "best": max(best, scores["val_cider"]),
+            "spent": pace.spent,
+        }
         save_state(state, model, average, optimizer, progress)
         if scores["val_cider"] > best:
             best = scores["val_cider"]

@@ -7,6 +7,7 @@ Stop it at any time: it goes on from the last finished epoch.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tomllib
 from collections import Counter
@@ -32,6 +33,7 @@ from diptych.text import Gpt2Tokenizer
 from diptych.training.state import (
     Average,
     Log,
+    Pace,
     decayed,
     learning_rate,
     load_state,
@@ -84,9 +86,11 @@ def main(config: dict[str, Any]) -> None:
     options, output = config["train"], Path(config["output"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config["seed"])
+    torch.backends.cudnn.benchmark = True
     tokenizer = Gpt2Tokenizer.load(output / "tokenizer.json")
     train, val = (read_split(config, tokenizer, training) for training in (True, False))
-    targets_of_words = word_targets(train)
+    targets_of_words = word_targets(train).to(device)
+    photos = train.photos.pixels.to(device)
 
     pupil = Pupil(config, options["dropout"])
     pretrained = output / "pretrain.safetensors"
@@ -103,14 +107,17 @@ def main(config: dict[str, Any]) -> None:
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
 
     log, state = Log(output / "train.jsonl"), output / "train.safetensors"
-    first, best = 0, 0.0
+    first, best, spent = 0, 0.0, 0.0
     if state.exists():
         progress = load_state(state, pupil, average, optimizer)
-        first, best = progress["epoch"] + 1, progress["best"]
+        first, best, spent = progress["epoch"] + 1, progress["best"], progress.get("spent", 0.0)
     per_epoch = len(train.captions) // options["batch_size"]
+    pace = Pace(options["epochs"] * per_epoch, options.get("seconds"), spent)
     size = config["encoder"]["image_size"]
 
-    for epoch in range(first, options["epochs"]):
+    for epoch in itertools.count(first):
+        if epoch * per_epoch >= pace.total(epoch * per_epoch):
+            break
         chance = torch.Generator().manual_seed(config["seed"] * 1000 + epoch)
         # Dropout draws from the global stream: it too must follow from the epoch alone.
         torch.manual_seed(config["seed"] * 1000 + epoch)
@@ -118,7 +125,7 @@ def main(config: dict[str, Any]) -> None:
         for index in range(per_epoch):
             chosen = order[index * options["batch_size"] :][: options["batch_size"]]
             pixels = views(
-                train.photos.pixels[chosen].to(device), size, options["smallest_crop"], chance
+                photos[chosen.to(device)], size, options["smallest_crop"], chance
             ).contiguous(memory_format=torch.channels_last)
             inputs, targets = caption_batch([train.token_ids[i] for i in chosen], EACH, chance)
             with torch.autocast(device, torch.bfloat16):
@@ -131,11 +138,10 @@ def main(config: dict[str, Any]) -> None:
             )
             # Summed over the words and divided by about as many as a photo has.
             word_loss = F.binary_cross_entropy_with_logits(
-                words.float(), targets_of_words[chosen].to(device)
+                words.float(), targets_of_words[chosen.to(device)]
             ) * (NUM_WORDS / 10)
-            rate = learning_rate(
-                epoch * per_epoch + index, options["epochs"] * per_epoch, options["warmup_steps"]
-            )
+            step = epoch * per_epoch + index
+            rate = learning_rate(step, pace.total(step), options["warmup_steps"])
             for group in optimizer.param_groups:
                 group["lr"] = options[group["share"]] * rate
             (loss + options["word_loss"] * word_loss).backward()
@@ -143,13 +149,16 @@ def main(config: dict[str, Any]) -> None:
             optimizer.step()
             optimizer.zero_grad()
             average.update(pupil)
-            losses.append((float(loss.detach()), float(word_loss.detach())))
+            losses.append((loss.detach(), word_loss.detach()))
+        done = (epoch + 1) * per_epoch >= pace.total((epoch + 1) * per_epoch)
+        if not done and (epoch + 1) % options["validate_every"]:
+            continue
         own = {name: value.clone() for name, value in pupil.state_dict().items()}
         pupil.load_state_dict(average.tensors)
         scores, texts = validate(pupil.model, val, tokenizer, device)
         pupil.load_state_dict(own)
         caption_loss, word_loss_mean = (
-            sum(part) / len(losses) for part in zip(*losses, strict=True)
+            float(sum(part)) / len(losses) for part in zip(*losses, strict=True)
         )
         log.write(
             stage="train",
@@ -159,7 +168,11 @@ def main(config: dict[str, Any]) -> None:
             **scores,
             sample=texts[:3],
         )
-        progress = {"epoch": epoch, "best": max(best, scores["val_cider"])}
+        progress = {
+            "epoch": epoch,
+            "best": max(best, scores["val_cider"]),
+            "spent": pace.spent,
+        }
         save_state(state, pupil, average, optimizer, progress)
         if scores["val_cider"] > best:
             best = scores["val_cider"]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scenes"))
 from diptych.evaluation.scenes import paraphrase, sample_scene, sentence
 from render import render
 
-SIDE = 128
+PART = 1000
 FOLDERS = {
     "emoji": ("noto_emoji_128", "fxemoji_128"),
     "flowers": ("flowers_128",),
@@ -47,7 +50,22 @@ def photographs(data: Path, domain: str, split: str) -> Captioned:
     return Captioned(np.stack(pictures), captions)
 
 
-def scenes(count: int, seed: int) -> Captioned:
+def scene_parts(count: int, seed: int) -> Iterator[Captioned]:
+    """Render `count` scenes in parts of at most 1,000, one process a processor."""
+    parts = [(min(PART, count - start), seed, start // PART) for start in range(0, count, PART)]
+    # Fresh processes: a fork of one that holds a GPU or threads may hang.
+    with multiprocessing.get_context("spawn").Pool(min(len(parts), os.cpu_count() or 1)) as pool:
+        for pictures, captions in pool.imap(_part, parts):
+            yield Captioned(pictures, captions)
+
+
+def _part(asked: tuple[int, int, int]) -> tuple[NDArray[np.uint8], list[list[str]]]:
+    count, *seed = asked
+    part = scenes(count, seed)
+    return part.pictures, part.captions
+
+
+def scenes(count: int, seed: int | Sequence[int]) -> Captioned:
     """Render `count` scenes that are not held out, each with paraphrases of its sentence."""
     rng = np.random.default_rng(seed)
     pictures, captions = [], []

@@ -5,7 +5,7 @@
 
 The pictures are encoded once (`latents.safetensors`). Loss: squared error of what the scheduler's
 `prediction_type` names, weighted by min-SNR. Goes on from the last saved state; all chance follows
-from the seed and the step.
+from the seed and the step. `[train] start` names a folder in the layout of diffusers to begin from.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import sys
 import time
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diptych.models.clip_text import ClipText, ClipTextConfig
@@ -32,12 +33,13 @@ from diptych.training.parallel import Workers
 from diptych.training.state import (
     Average,
     Log,
+    Pace,
     learning_rate,
     load_state,
     read_average,
     save_state,
 )
-from pictures import Captioned, photographs, scenes
+from pictures import Captioned, photographs, scene_parts
 from tokenizer import load as load_tokenizer
 from train_vae import to_pixels, trained
 
@@ -58,10 +60,12 @@ class Painter(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Hold `latents` float16 [N, c, h, w] of one domain, scaled, and token ids of each caption."""
+    """Hold the latents of all domains, one after another, and the token ids of their captions."""
 
-    latents: Tensor
-    input_ids: list[Tensor]  # [captions, T] a picture
+    latents: Tensor  # float16 [N, c, h, w], scaled
+    input_ids: Tensor  # [N, captions, T]; who has fewer repeats them
+    empty: Tensor  # [T], of the empty sentence
+    domains: dict[str, range]  # each one's rows
 
 
 def main() -> None:
@@ -69,6 +73,8 @@ def main() -> None:
     config = tomllib.loads(path.read_text())
     settings, output = config["train"], Path(config["output"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")  # of a GPU: tf32 where bfloat16 is not asked for
+    torch.backends.cudnn.benchmark = True
     workers = Workers()
     torch.manual_seed(config["seed"])
     encode_all(config, device, workers)
@@ -80,50 +86,54 @@ def main() -> None:
         weight_decay=settings["weight_decay"],
         workers=workers,
     )
-    state, log, first = output / "train.safetensors", Log(output / "train.jsonl"), 0
+    state, log, first, spent = output / "train.safetensors", Log(output / "train.jsonl"), 0, 0.0
     if state.exists():
-        first = load_state(state, module, average, optimizer)["step"]
-    elif (output / "words.safetensors").exists():
-        module.text_encoder.load_state_dict(read_average(output / "words.safetensors"))
+        progress = load_state(state, module, average, optimizer)
+        first, spent = progress["step"], progress.get("spent", 0.0)
+    elif begin(module, config):
         average = Average(module, settings["ema_decay"])
-    data, empty = read(config)
+    data = read(config, device)
     abar = torch.from_numpy(NoiseSchedule(schedule_config(config)).alphas_cumprod).float()
-    rows, total, saved = workers.share(settings["batch_size"]), settings["steps"], time.time()
-    sums = torch.zeros(2, BANDS)
-    for step in range(first, total):
+    abar = abar.to(device)
+    rows, saved = workers.share(settings["batch_size"]), time.time()
+    pace = Pace(settings["steps"], settings.get("seconds"), spent)
+    sums, step = torch.zeros(2, BANDS, device=device), first
+    while step < (total := pace.total(step)):
         share = learning_rate(step, total, settings["warmup_steps"])
         for group in optimizer.param_groups:
             group["lr"] = settings["learning_rate"] * max(share, LOWEST_RATE if step > 999 else 0)
         latents, input_ids, timesteps, noise = (
-            part[rows].to(device)
-            for part in batch(data, empty, settings, np.random.default_rng((config["seed"], step)))
+            part[rows] for part in batch(data, settings, (config["seed"], step))
         )
-        losses = loss(
-            *(module, latents, input_ids, timesteps, noise, abar.to(device), config),
-            frozen=step >= settings["text_encoder_steps"],
-        )
+        # A GPU has units for bfloat16; the processors at hand do not.
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            losses = loss(
+                *(module, latents, input_ids, timesteps, noise, abar, config),
+                frozen=step >= settings["text_encoder_steps"],
+            )
         optimizer.zero_grad(set_to_none=True)
         losses.mean().backward()
         workers.average(module.parameters())
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         average.update(module)
-        band = (timesteps.cpu() * BANDS // 1000).long()
-        sums[0].index_add_(0, band, losses.detach().cpu())
-        sums[1].index_add_(0, band, torch.ones(len(band)))
-        if not workers.leads:
-            continue
-        if (step + 1) % LOG_EVERY == 0:
+        band = timesteps * BANDS // 1000
+        sums[0].index_add_(0, band, losses.detach().float())
+        sums[1].index_add_(0, band, torch.ones_like(losses))
+        step += 1
+        if workers.leads and step % LOG_EVERY == 0:
             means = (sums[0] / sums[1].clamp(min=1)).tolist()
             log.write(
-                step=step + 1,
+                step=step,
                 loss=round(float(sums[0].sum() / sums[1].sum()), 4),
                 bands=[round(m, 4) for m in means],
             )
             sums.zero_()
-        if time.time() - saved > SAVE_EVERY_S or step + 1 == total:
-            save_state(state, module, average, optimizer, {"step": step + 1})
+        if workers.leads and time.time() - saved > SAVE_EVERY_S:
+            save_state(state, module, average, optimizer, {"step": step, "spent": pace.spent})
             saved = time.time()
+    if workers.leads:
+        save_state(state, module, average, optimizer, {"step": step, "spent": pace.spent})
     workers.close()
 
 
@@ -172,6 +182,21 @@ def build(config: dict[str, Any]) -> Painter:
     return module
 
 
+def begin(module: Painter, config: dict[str, Any]) -> bool:
+    """Load what the painter starts from: a checkpoint, else the text encoder of stage 3."""
+    start = config["train"].get("start")
+    if start:
+        for name, file in (("text_encoder", "model"), ("unet", "diffusion_pytorch_model")):
+            module.get_submodule(name).load_state_dict(
+                load_file(Path(start) / name / f"{file}.safetensors")
+            )
+    elif (words := Path(config["output"]) / "words.safetensors").exists():
+        module.text_encoder.load_state_dict(read_average(words))
+    else:
+        return False
+    return True
+
+
 def painted(config: dict[str, Any]) -> Painter:
     """Return the averaged weights of stage 4."""
     module = build(config)
@@ -193,9 +218,8 @@ def encode_all(config: dict[str, Any], device: torch.device, workers: Workers) -
         tensors, captions, threads = {}, {}, torch.get_num_threads()
         torch.set_num_threads(workers.count * threads)  # the others wait
         vae = trained(config, device)
-        for name, each in pictures(config).items():
-            tensors[name] = _encode(vae, each, device)
-            captions[name] = each.captions
+        for name, parts in pictures(config).items():
+            tensors[name], captions[name] = encode(vae, parts, device)
         everything = torch.cat([t[:3000] for t in tensors.values()])
         mean, std = everything.mean((0, 2, 3)), everything.std((0, 2, 3))
         tensors = {
@@ -210,60 +234,74 @@ def encode_all(config: dict[str, Any], device: torch.device, workers: Workers) -
     workers.wait()
 
 
-def pictures(config: dict[str, Any]) -> dict[str, Captioned]:
-    data, flowers = Path(config["data"]), None
-    flowers = photographs(data, "flowers", "train")
+def pictures(config: dict[str, Any]) -> dict[str, Iterable[Captioned]]:
+    """Return the training pictures of each domain, in parts."""
+    flowers = photographs(Path(config["data"]), "flowers", "train")
     mirrored = np.concatenate([flowers.pictures, flowers.pictures[:, :, ::-1]])
     return {
-        "scenes": scenes(config["train"]["scenes"], config["seed"]),
-        "emoji": photographs(data, "emoji", "train"),
-        "flowers": Captioned(mirrored, flowers.captions * 2),
+        "scenes": scene_parts(config["train"]["scenes"], config["seed"]),
+        "emoji": [photographs(Path(config["data"]), "emoji", "train")],
+        "flowers": [Captioned(mirrored, flowers.captions * 2)],
     }
 
 
 @torch.no_grad()
-def _encode(vae: nn.Module, each: Captioned, device: torch.device) -> Tensor:
-    found = []
-    for start in range(0, len(each), 64):
-        mean, _ = vae.encode(to_pixels(each.pictures[start : start + 64]).to(device))
-        found.append(mean.cpu())
-    return torch.cat(found)
+def encode(
+    vae: nn.Module, parts: Iterable[Captioned], device: torch.device
+) -> tuple[Tensor, list[list[str]]]:
+    """Return the means of the latents [N, c, h, w], and the captions, of a domain."""
+    found, captions = [], []
+    for each in parts:
+        for start in range(0, len(each), 64):
+            mean, _ = vae.encode(to_pixels(each.pictures[start : start + 64], device))
+            found.append(mean.cpu())
+        captions += each.captions
+    return torch.cat(found), captions
 
 
-def read(config: dict[str, Any]) -> tuple[dict[str, Encoded], Tensor]:
-    """Return the data by domain, and the token ids of the empty sentence."""
+def read(config: dict[str, Any], device: torch.device) -> Encoded:
+    """Return the training data, on the device."""
     tokenizer = load_tokenizer(config)
-    found = {}
+    latents, rows, domains = [], [], {}
     with safe_open(Path(config["output"]) / "latents.safetensors", "pt") as file:
         captions = json.loads(file.metadata()["captions"])
+        most = max(len(texts) for sentences in captions.values() for texts in sentences)
         for name, sentences in captions.items():
-            ids = [torch.tensor([tokenizer.encode(text) for text in texts]) for texts in sentences]
-            found[name] = Encoded(file.get_tensor(name), ids)
-    return found, torch.tensor(tokenizer.encode(""))
+            domains[name] = range(len(rows), len(rows) + len(sentences))
+            rows += [[texts[i % len(texts)] for i in range(most)] for texts in sentences]
+            latents.append(file.get_tensor(name).to(device))
+    known = {text: tokenizer.encode(text) for texts in rows for text in texts}
+    input_ids = torch.tensor([[known[text] for text in texts] for texts in rows], device=device)
+    empty = torch.tensor(tokenizer.encode(""), device=device)
+    return Encoded(torch.cat(latents), input_ids, empty, domains)
 
 
 def batch(
-    data: dict[str, Encoded], empty: Tensor, settings: dict[str, Any], rng: np.random.Generator
+    data: Encoded, settings: dict[str, Any], seed: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return latents [B, c, h, w], token ids [B, T], timesteps [B] and noise [B, c, h, w]."""
-    size, names = settings["batch_size"], list(settings["mix"])
-    chosen = rng.choice(names, size, p=[settings["mix"][name] for name in names])
-    latents, input_ids = [], []
-    for name in chosen:
-        index = rng.integers(len(data[name].latents))
-        latents.append(data[name].latents[index].float())
-        texts = data[name].input_ids[index]
-        dropped = rng.random() < settings["caption_dropout"]
-        input_ids.append(empty if dropped else texts[rng.integers(len(texts))])
+    rng, size, mix = np.random.default_rng(seed), settings["batch_size"], settings["mix"]
+    device = data.latents.device
+    starts = np.array([data.domains[name].start for name in mix])
+    counts = np.array([len(data.domains[name]) for name in mix])
+    domain = rng.choice(len(mix), size, p=list(mix.values()))
+    rows = starts[domain] + (rng.random(size) * counts[domain]).astype(np.int64)
+    caption = rng.integers(data.input_ids.shape[1], size=size)
+    dropped = rng.random(size) < settings["caption_dropout"]
     # One timestep from each of B equal parts: the mean over a batch is much steadier. Most are of
     # the middle, where it is decided what is where.
     parts = (rng.permutation(size) + rng.random(size)) / size
     low, high, share = settings["middle"]
     edge = (1 - share) / 2
     timesteps = np.interp(parts, [0, edge, 1 - edge, 1], [0, low, high, 1000])
-    stacked = torch.stack(latents)
-    noise = torch.from_numpy(rng.standard_normal(tuple(stacked.shape), np.float32))
-    return stacked, torch.stack(input_ids), torch.from_numpy(timesteps).long().clamp(max=999), noise
+    chosen, caption, dropped, timesteps = (
+        torch.from_numpy(each).to(device) for each in (rows, caption, dropped, timesteps)
+    )
+    input_ids = torch.where(dropped[:, None], data.empty, data.input_ids[chosen, caption])
+    latents = data.latents[chosen].float()
+    chance = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
+    noise = torch.randn(latents.shape, generator=chance, device=device)
+    return latents, input_ids, timesteps.long().clamp(max=999), noise
 
 
 # --- loss -----------------------------------------------------------------------------------------
@@ -298,7 +336,7 @@ def loss(
         weight = (snr + 1).clamp(max=gamma + 1) / (snr + 1)
     else:
         target, weight = noise, snr.clamp(max=gamma) / snr
-    return weight * (found - target).square().mean((1, 2, 3))
+    return weight * (found.float() - target).square().mean((1, 2, 3))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ absolute error. Goes on from the last saved state; all chance follows from the s
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
 import tomllib
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diptych.models.vae import Vae, VaeConfig
@@ -24,6 +27,7 @@ from diptych.training.parallel import Workers
 from diptych.training.state import (
     Average,
     Log,
+    Pace,
     decayed,
     learning_rate,
     load_state,
@@ -41,6 +45,8 @@ def main() -> None:
     config = tomllib.loads(path.read_text())
     settings, output = {**config["vae"], **config["train_vae"]}, Path(config["output"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")  # of a GPU: tf32 where bfloat16 is not asked for
+    torch.backends.cudnn.benchmark = True
     workers = Workers()
     torch.manual_seed(config["seed"])
     module = build(config).to(device)
@@ -50,36 +56,41 @@ def main() -> None:
         lr=settings["learning_rate"],
         betas=(0.9, 0.99),
     )
-    state, log, first = output / "vae.safetensors", Log(output / "vae.jsonl"), 0
+    state, log, first, spent = output / "vae.safetensors", Log(output / "vae.jsonl"), 0, 0.0
     if state.exists():
-        first = load_state(state, module, average, optimizer)["step"]
-    data, total = read(config), settings["steps"]
+        progress = load_state(state, module, average, optimizer)
+        first, spent = progress["step"], progress.get("spent", 0.0)
+    data, former = read(config), formerly(config, device)
     rows = workers.share(settings["batch_size"])
-    sums: dict[str, float] = {}
-    for step in range(first, total):
+    pace, step = Pace(settings["steps"], settings.get("seconds"), spent), first
+    sums: dict[str, Tensor] = {}
+    while step < (total := pace.total(step)):
         for group in optimizer.param_groups:
             group["lr"] = settings["learning_rate"] * learning_rate(
                 step, total, settings["warmup_steps"]
             )
-        rng = np.random.default_rng((config["seed"], step))
-        pixels, noise = batch(data, settings, rng)
-        losses = loss(module, pixels[rows].to(device), noise[rows].to(device), settings)
+        pictures = batch(data, settings, np.random.default_rng((config["seed"], step)))
+        chance = torch.Generator(device).manual_seed(config["seed"] * 10**7 + step)
+        pixels = to_pixels(pictures[rows], device)
+        # A GPU has units for bfloat16; the processors at hand do not.
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            losses = loss(module, pixels, chance, settings, former)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         workers.average(module.parameters())
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         average.update(module)
-        sums = {name: sums.get(name, 0.0) + value.item() for name, value in losses.items()}
-        if workers.leads and ((step + 1) % SAVE_EVERY == 0 or step + 1 == total):
-            count = (step % SAVE_EVERY) + 1
-            log.write(
-                step=step + 1, **{name: round(value / count, 5) for name, value in sums.items()}
-            )
+        sums = {name: sums.get(name, 0) + value.detach() for name, value in losses.items()}
+        step += 1
+        if workers.leads and step % SAVE_EVERY == 0:
+            means = {name: round(float(value) / SAVE_EVERY, 5) for name, value in sums.items()}
+            log.write(step=step, **means)
             sums = {}  # what the first process saw
-            save_state(state, module, average, optimizer, {"step": step + 1})
+            save_state(state, module, average, optimizer, {"step": step, "spent": pace.spent})
     if workers.leads:
-        log.write(step=total, **validate(config, device))
+        save_state(state, module, average, optimizer, {"step": step, "spent": pace.spent})
+        log.write(step=step, **validate(config, device))
     workers.close()
 
 
@@ -113,8 +124,8 @@ def read(config: dict[str, Any]) -> dict[str, Pictures]:
 
 def batch(
     data: dict[str, Pictures], settings: dict[str, Any], rng: np.random.Generator
-) -> tuple[Tensor, Tensor]:
-    """Cut random crops, some mirrored; [B, 3, crop, crop] in [-1, 1], and noise for the latents."""
+) -> Pictures:
+    """Cut random crops, some mirrored; uint8 [B, crop, crop, 3]."""
     side, names = settings["crop"], list(settings["mix"])
     chosen = rng.choice(names, settings["batch_size"], p=[settings["mix"][n] for n in names])
     crops = []
@@ -123,22 +134,52 @@ def batch(
         top, left = rng.integers(0, picture.shape[0] - side + 1, 2)
         crop = picture[top : top + side, left : left + side]
         crops.append(crop[:, ::-1] if rng.random() < 0.5 else crop)
-    small = (len(crops), settings["latent_channels"], side // 8, side // 8)
-    return to_pixels(np.stack(crops)), torch.from_numpy(rng.standard_normal(small, np.float32))
+    return np.stack(crops)
 
 
-def to_pixels(pictures: Pictures) -> Tensor:
-    """Turn uint8 [B, H, W, 3] into float [B, 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+def to_pixels(pictures: Pictures, device: torch.device) -> Tensor:
+    """Turn uint8 [B, H, W, 3] into float [B, 3, H, W] in [-1, 1], on the device."""
+    return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def loss(module: Vae, pixels: Tensor, noise: Tensor, settings: dict[str, Any]) -> dict[str, Tensor]:
-    decoded, mean, log_variance = module(pixels, noise)
-    difference = decoded - pixels
+def formerly(config: dict[str, Any], device: torch.device) -> Vae | None:
+    """Load the autoencoder whose latents the new ones should resemble, if one is named."""
+    settings = config["train_vae"]
+    if "former" not in settings:
+        return None
+    folder = Path(settings["former"])
+    said = json.loads((folder / "config.json").read_text())
+    known = {field.name for field in dataclasses.fields(VaeConfig)}
+    words = {name: value for name, value in said.items() if name in known}
+    words["block_out_channels"] = tuple(words["block_out_channels"])
+    module = Vae(VaeConfig(**words))
+    module.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
+    return module.eval().requires_grad_(False).to(device)
+
+
+def loss(
+    module: Vae,
+    pixels: Tensor,
+    chance: torch.Generator,
+    settings: dict[str, Any],
+    former: Vae | None = None,
+) -> dict[str, Tensor]:
+    """Return the loss of a batch and its parts.
+
+    With a `former` autoencoder the latents are drawn to its own, so that a painter of the former
+    ones paints the new ones after a short time.
+    """
+    mean, log_variance = module.encode(pixels)
+    noise = torch.randn(mean.shape, generator=chance, device=mean.device)
+    decoded = module.decode(mean + (0.5 * log_variance).exp() * noise).float()
+    difference, mean, log_variance = decoded - pixels, mean.float(), log_variance.float()
     squared, absolute = difference.square().mean(), difference.abs().mean()
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
     total = squared + settings["absolute_weight"] * absolute + settings["kl_weight"] * divergence
     parts = {"squared": squared, "divergence": divergence}
+    if former is not None:
+        parts["moved"] = (mean - former.encode(pixels)[0].float()).square().mean()
+        total = total + settings["former_weight"] * parts["moved"]
     return {"loss": total, **{name: part.detach() for name, part in parts.items()}}
 
 
@@ -152,7 +193,7 @@ def validate(config: dict[str, Any], device: torch.device) -> dict[str, Any]:
     for name, each in held_out.items():
         ratios = []
         for start in range(0, len(each), 32):
-            pixels = to_pixels(each.pictures[start : start + 32]).to(device)
+            pixels = to_pixels(each.pictures[start : start + 32], device)
             mean, _ = module.encode(pixels)
             error = (module.decode(mean).clamp(-1, 1) - pixels).square().mean((1, 2, 3))
             ratios += (10 * torch.log10(4 / error)).tolist()

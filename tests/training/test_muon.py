@@ -24,7 +24,8 @@ def test_a_step_turns_all_directions_about_equally_far(shape: tuple[int, int]) -
     torch.manual_seed(0)
     left, values, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     matrix = left @ torch.diag(torch.logspace(0, -1, len(values))) @ right
-    found = orthogonalized(matrix)
+    found, other = orthogonalized(torch.stack([matrix, -matrix.flip(0)]))
+    assert torch.allclose(other, -found.flip(0), atol=1e-4)
     # The same singular vectors: what is left of them is diagonal, and near one.
     turned = left.T @ found @ right.T
     diagonal = turned.diagonal()

@@ -8,7 +8,7 @@ embeddings go by Adam.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -64,27 +64,25 @@ class Muon(torch.optim.Optimizer):
                 (self._turn if group["turned"] else self._adam)(group, parameters)
 
     def _turn(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
-        lookahead = []
         for parameter in parameters:
-            state, gradient = self.state[parameter], parameter.grad
-            assert gradient is not None
-            if "momentum" not in state:
-                state["momentum"] = torch.zeros_like(parameter)
-            state["momentum"].lerp_(gradient, 1 - group["momentum"])
-            lookahead.append(gradient.lerp(state["momentum"], group["momentum"]))
+            if "momentum" not in self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        momentum = [self.state[parameter]["momentum"] for parameter in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        torch._foreach_lerp_(momentum, gradients, 1 - group["momentum"])
+        lookahead = torch._foreach_lerp(gradients, momentum, group["momentum"])
         sizes = [min(_as_matrix(p).shape) ** 2 * max(_as_matrix(p).shape) for p in parameters]
         mine = self._workers.lightest_share(sizes)
-        steps = [
-            orthogonalized(_as_matrix(each)).reshape_as(each)
-            if index in mine
-            else torch.zeros_like(each)
-            for index, each in enumerate(lookahead)
-        ]
+        steps = [torch.zeros_like(each) for each in lookahead]
+        for alike in _by_shape(lookahead, mine):
+            turned = orthogonalized(torch.stack([_as_matrix(lookahead[i]) for i in alike]))
+            for index, matrix in zip(alike, turned, strict=True):
+                steps[index] = matrix.reshape_as(lookahead[index])
         self._workers.add_up(steps)
-        for parameter, step in zip(parameters, steps, strict=True):
-            scale = _AS_ADAMW * max(_as_matrix(parameter).shape) ** 0.5
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(step, alpha=-group["lr"] * scale)
+        scales = [_AS_ADAMW * max(_as_matrix(p).shape) ** 0.5 for p in parameters]
+        torch._foreach_mul_(steps, [-group["lr"] * scale for scale in scales])
+        torch._foreach_mul_([*parameters], 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_([*parameters], steps)
 
     def _adam(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
         for parameter in parameters:
@@ -110,29 +108,38 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_addcdiv_([*parameters], first, spread, factors)
 
 
-def orthogonalized(matrix: Tensor) -> Tensor:
-    """Return a matrix with the singular vectors of `matrix` [m, n] and values of about 1."""
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    wide = matrix.T if is_tall else matrix
-    wide = wide / (torch.linalg.matrix_norm(wide) + 1e-7)
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """Return matrices with the singular vectors of `matrices` [B, m, n] and values of about 1."""
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    wide = matrices.mT if is_tall else matrices
+    wide = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
     a, b, c = _COEFFICIENTS
-    rows, columns = wide.shape
+    rows, columns = wide.shape[1:]
     if columns < 2 * rows:
         for _ in range(_ITERATIONS):
-            gram = wide @ wide.T
-            wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
-        return wide.T if is_tall else wide
+            gram = wide @ wide.mT
+            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            wide = torch.baddbmm(wide, factor, wide, beta=a)
+        return wide.mT if is_tall else wide
     # Every factor is a polynomial in the Gram matrix, which is small: multiply the factors first.
-    gram = wide @ wide.T
+    gram = wide @ wide.mT
     identity = torch.eye(rows, device=wide.device, dtype=wide.dtype)
     product = identity
     for index in range(_ITERATIONS):
-        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c) + a * identity
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + a * identity
         product = factor @ product if index else factor
         if index < _ITERATIONS - 1:
             gram = factor @ gram @ factor
     turned: Tensor = product @ wide
-    return turned.T if is_tall else turned
+    return turned.mT if is_tall else turned
+
+
+def _by_shape(tensors: Sequence[Tensor], mine: set[int]) -> list[list[int]]:
+    """Return the indices `mine` in groups of one matrix shape: many small products are slow."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index in sorted(mine):
+        groups.setdefault(tuple(_as_matrix(tensors[index]).shape), []).append(index)
+    return list(groups.values())
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:

@@ -35,11 +35,13 @@ class Average:
         # The young average forgets faster, else the random start would linger in it.
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        for name, value in module.state_dict().items():
-            if value.is_floating_point():
-                self.tensors[name].lerp_(value, 1 - decay)
-            else:
-                self.tensors[name].copy_(value)
+        values = module.state_dict()
+        moving = [name for name, value in values.items() if value.is_floating_point()]
+        torch._foreach_lerp_(
+            [self.tensors[name] for name in moving], [values[name] for name in moving], 1 - decay
+        )
+        for name in values.keys() - set(moving):
+            self.tensors[name].copy_(values[name])
 
     @contextmanager
     def swapped(self, module: Tensors) -> Iterator[None]:
@@ -149,6 +151,30 @@ def learning_rate(step: int, total: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+
+class Pace:
+    """Say how many steps a stage has: a set number, or what the clock allows.
+
+    With `seconds` the number is what the steps so far foretell, so that a learning rate that ends
+    with the stage ends with the lent time. Such a run cannot be repeated to the digit.
+    """
+
+    def __init__(self, steps: int, seconds: float | None = None, spent: float = 0.0) -> None:
+        self._steps, self._seconds, self._start = steps, seconds, time.time() - spent
+
+    @property
+    def spent(self) -> float:
+        """Return the seconds of this stage, those before a restart among them."""
+        return time.time() - self._start
+
+    def total(self, step: int) -> int:
+        """Return how many steps the stage has in all, as seen after `step` of them."""
+        if self._seconds is None:
+            return self._steps
+        if self.spent >= self._seconds:
+            return step
+        return max(step + 1, round(step * self._seconds / max(self.spent, 1e-3)))
 
 
 def decayed(
