@@ -112,18 +112,18 @@ def test_a_batch_draws_what_single_pictures_are(
     assert decibels >= 40
 
 
-def test_every_start_is_the_same_noise(
-    pair: tuple[ImageGenerator, ImageGenerator], device: str
-) -> None:
-    """The start noise is the CPU's to the bit, and that of torch's own generator on a GPU."""
-    first = [next(iter(each.denoising_steps("", seed=3, num_inference_steps=1))) for each in pair]
-    assert len({step.sigma for step in first}) == 1
+def test_noise_is_that_of_the_gpu(device: str, note: Any) -> None:
+    """What NumPy draws for every device is what torch draws on a GPU."""
     from diptych.text_to_image.samplers import NoiseSource
 
-    drawn = NoiseSource([3]).draw((4, 8, 8))[0]
-    if device != "cpu":
-        own = torch.randn(4, 8, 8, device=device, generator=torch.Generator(device).manual_seed(3))
-        np.testing.assert_allclose(drawn, own.cpu().numpy(), atol=1e-5)
+    if device == "cpu":
+        pytest.skip("the CPU draws by another method")
+    drawn = NoiseSource([3]).draw((4, 64, 64))[0]
+    own = torch.Generator(device).manual_seed(3)
+    wanted = torch.randn(4, 64, 64, device=device, generator=own).cpu().numpy()
+    apart = float(np.abs(drawn - wanted).max())
+    note(noise_apart=apart)
+    assert apart < 1e-3
 
 
 def test_previews_tokens_merged_and_networks_that_take_turns(
