@@ -252,8 +252,8 @@ def encode(
     """Return the means of the latents [N, c, h, w], and the captions, of a domain."""
     found, captions = [], []
     for each in parts:
-        for start in range(0, len(each), 64):
-            mean, _ = vae.encode(to_pixels(each.pictures[start : start + 64], device))
+        for start in range(0, len(each), 250):
+            mean, _ = vae.encode(to_pixels(each.pictures[start : start + 250], device))
             found.append(mean.cpu())
         captions += each.captions
     return torch.cat(found), captions
