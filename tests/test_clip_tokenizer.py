@@ -128,7 +128,7 @@ def test_ids_of_any_script_are_those_of_transformers(published: Path, pad_token:
     ours = ClipTokenizer.from_merges(MERGES, pad_token=pad_token)
     assert ours.vocab_size == 49408
     assert (ours.bos_token_id, ours.eos_token_id) == (49406, 49407)
-    assert_same(ours, reference, sentences(4000))
+    assert_same(ours, reference, sentences(1500))
 
 
 def test_exclamation_marks_are_padding_where_the_pad_token_is_one() -> None:
@@ -199,7 +199,7 @@ def test_published_folders_read_as_transformers_reads_them(
     folder = copy(published, tmp_path / "tokenizer", **PUBLISHED[kind])
     reference = CLIPTokenizer.from_pretrained(str(folder))
     ours = ClipTokenizer.load(folder)
-    texts = [*sentences(300), "a <cat-toy> in GELB and gelber", "wow! a <|EndOfText|> b"]
+    texts = [*sentences(150), "a <cat-toy> in GELB and gelber", "wow! a <|EndOfText|> b"]
     assert_same(ours, reference, texts)
     assert ours.model_max_length == min(reference.model_max_length, 77)
     assert ours.pad_token_id == reference.pad_token_id

@@ -90,6 +90,7 @@ def tiny_generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
 PYTHON_PAGES = [page for page in PAGES if any(b.language == "python" for b in blocks(page))]
 
 
+@pytest.mark.no_cover  # these pages are no tests of what they show
 @pytest.mark.parametrize("page", PYTHON_PAGES, ids=name_of)
 def test_python_blocks_run(
     page: Path,

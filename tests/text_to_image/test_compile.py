@@ -17,13 +17,20 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 WORDS: dict[str, Any] = {"seed": 4, "num_inference_steps": 1, "width": 64, "height": 64}
+# Each kind of block twice or more: once in a level would be compiled for every block.
+TWO_LEVELS: dict[str, Any] = {
+    "block_out_channels": (32, 64),
+    "layers_per_block": 2,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 @pytest.fixture
 def generator(tmp_path: Path) -> Iterator[ImageGenerator]:
     torch._dynamo.reset()
-    make_pipeline(tmp_path / "sd1", "sd1", 1)
+    make_pipeline(tmp_path / "sd1", "sd1", 1, **TWO_LEVELS)
     yield ImageGenerator.load(tmp_path / "sd1", runtime="torch", device="cpu", dtype="float32")
     torch._dynamo.reset()
 
@@ -64,7 +71,7 @@ def test_compiled_blocks_draw_the_same_and_swap_loras(
     assert counter.frame_count == first
     width = modules["unet"].get_submodule(LAYER).weight.shape[0]
     pictures = []
-    for seed in (1, 2, 3):
+    for seed in (1, 2):
         lora = write_lora(tmp_path / f"{seed}.safetensors", seed, width)
         handle = generator.load_lora(lora, fused=True)
         pictures.append(draw(generator))
@@ -76,7 +83,7 @@ def test_compiled_blocks_draw_the_same_and_swap_loras(
         generator.unload_lora(handle)
     assert np.abs(draw(generator) - plain).max() <= 1
     assert counter.frame_count == with_lora
-    assert len({picture.tobytes() for picture in pictures}) == 3
+    assert len({picture.tobytes() for picture in pictures}) == 2
 
 
 def test_what_cannot_be_compiled(generator: ImageGenerator) -> None:

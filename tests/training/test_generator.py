@@ -253,7 +253,7 @@ def drawn_by_diffusers(pipeline: Any, prompt: str, noise: np.ndarray[Any, Any]) 
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         prompt,
-        num_inference_steps=6,
+        num_inference_steps=3,
         guidance_scale=3.0,
         height=64,
         width=64,
@@ -283,7 +283,7 @@ def test_diffusers_draws_the_same_picture_with_the_lora(
     noise = np.random.default_rng(2).standard_normal((1, 4, 8, 8), np.float32)
     words: dict[str, Any] = {
         "latents": noise,
-        "num_inference_steps": 6,
+        "num_inference_steps": 3,
         "guidance_scale": 3.0,
         "sampler": "ddim",
         "width": 64,
@@ -326,7 +326,7 @@ def test_a_learned_word_is_loaded_by_diffusers(tmp_path: Path, sd1: Path, pictur
     generator = ImageGenerator.load(sd1, runtime="torch")
     assert generator.load_textual_inversion(finished.files[0]) == "<thing>"
     noise = np.random.default_rng(2).standard_normal((1, 4, 8, 8), np.float32)
-    words: dict[str, Any] = {"latents": noise, "num_inference_steps": 6, "guidance_scale": 3.0}
+    words: dict[str, Any] = {"latents": noise, "num_inference_steps": 3, "guidance_scale": 3.0}
     ours = generator.generate("a <thing>", sampler="ddim", **words).image
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(sd1)
     pipeline.load_textual_inversion(str(tmp_path), weight_name="learned_embeds.safetensors")

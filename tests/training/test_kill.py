@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 
+from command_line import call
 from diptych.training.journal import read_rows
 from training_kills import Runs
 
 GENERATOR: dict[str, Any] = {
     "resolution": 64,
-    "max_train_steps": 16,
+    "max_train_steps": 8,
     "checkpointing_steps": 2,
-    "validation_steps": 6,
-    "sample_steps": 16,
+    "validation_steps": 3,
+    "sample_steps": 3,
     "num_sample_images": 1,
     "train_batch_size": 2,
     "ema_decay": 0.9,
@@ -29,11 +30,11 @@ GENERATOR: dict[str, Any] = {
     "logging_steps": 1,
 }
 CAPTIONER: dict[str, Any] = {
-    "max_train_steps": 24,
-    "checkpointing_steps": 3,
-    "validation_steps": 10,
+    "max_train_steps": 12,
+    "checkpointing_steps": 2,
+    "validation_steps": 5,
     "train_batch_size": 4,
-    "self_critical_steps": 8,
+    "self_critical_steps": 4,
     "freeze": "encoder",
     "logging_steps": 1,
 }
@@ -81,37 +82,43 @@ def test_many_kills(
     compare(Runs(kind, pictures, model, words), tmp_path, kills=60, seed=seed)
 
 
-def command(sd1: Path, pictures: Path, folder: Path, *more: str) -> list[str]:
+def command(sd1: Path, pictures: Path, folder: Path) -> list[str]:
     return [
-        *(sys.executable, "-m", "diptych", "finetune", "generator", str(pictures)),
+        *("finetune", "generator", str(pictures)),
         *("--model", str(sd1), "--output", str(folder), "--resolution", "64"),
         *("--max-train-steps", "400", "--num-sample-images", "0", "--train-batch-size", "2"),
-        *("--checkpointing-steps", "1000", *more),
+        *("--checkpointing-steps", "1000"),
     ]
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, sd1: Path, pictures: Path) -> None:
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    tmp_path: Path,
+    sd1: Path,
+    pictures: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """And meanwhile a second run in the folder is refused."""
     folder = tmp_path / "run"
+    words = command(sd1, pictures, folder)
     process = subprocess.Popen(
-        command(sd1, pictures, folder), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "diptych", *words],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     for _ in range(600):
         if read_rows(folder / "metrics.jsonl"):
             break
         time.sleep(0.1)
-    second = subprocess.run(
-        command(sd1, pictures, folder, "--resume"), capture_output=True, text=True, check=False
-    )
-    assert second.returncode == 2
-    assert "another run is at work there" in second.stderr
+    second = call(monkeypatch, capsys, *words, "--resume")
+    assert second.code == 2
+    assert "another run is at work there" in second.err
     os.kill(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "stopped at step" in told
     assert "--resume" in told
-    again = subprocess.run(
-        command(sd1, pictures, folder), capture_output=True, text=True, check=False
-    )
-    assert again.returncode == 2
-    assert "holds a run that is at step" in again.stderr
+    again = call(monkeypatch, capsys, *words)
+    assert again.code == 2
+    assert "holds a run that is at step" in again.err
