@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diptych.image_to_text.captioner import _Step
+from diptych.image_to_text.captioner import decoder_step
 from diptych.image_to_text.decoding import search
 from diptych.image_to_text.options import CaptionOptions
 from diptych.models.gpt2 import Gpt2Config
@@ -305,7 +305,7 @@ def captions(setting: Setting) -> Iterator[Row]:
             def caption(pixels: Any = pixels, beams: int = beams) -> Any:
                 options = CaptionOptions(num_beams=beams, max_new_tokens=WORDS).for_search(1)
                 (bridged,) = networks["encoder"](pixel_values=pixels)
-                step = _Step(networks["decoder"], "cross-attention", bridged)
+                step = decoder_step(networks["decoder"], "cross-attention", bridged)
                 return search(step, num_images=len(pixels), prompt_ids=(0,), options=options,
                               eos_token_ids=())  # fmt: skip
 

@@ -24,7 +24,9 @@ from transformers.generation import logits_process as theirs
 
 from diptych.errors import BadInput, DiptychError
 from diptych.image_to_text import decoding
+from diptych.image_to_text.candidates import Candidates
 from diptych.image_to_text.decoding import Hypothesis, search, search_steps, settled, stream
+from diptych.image_to_text.filters import filters_of
 from diptych.image_to_text.options import CaptionOptions, SearchOptions
 from traced import traced_once, untraced
 
@@ -117,6 +119,30 @@ class ReferenceStep:
                 use_cache=False,
             ).logits[:, -1]
         return logits.numpy()
+
+
+class Choosing:
+    """Tell the best tokens of another step's rows as a GPU does, in torch's order of equal ones."""
+
+    def __init__(self, step: Any) -> None:
+        self.step = step
+        self.asked: list[int] = []
+
+    def __call__(self, token_ids: np.ndarray, parents: np.ndarray | None) -> np.ndarray:
+        logits: np.ndarray = self.step(token_ids, parents)
+        return logits
+
+    def best(
+        self, token_ids: np.ndarray, parents: np.ndarray | None, count: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        self.asked.append(count)
+        logits = torch.tensor(self.step(token_ids, parents))
+        values, places = logits.topk(min(count, logits.shape[1]), dim=1, sorted=False)
+        log_sums = logits.logsumexp(1) - logits.max(dim=1).values
+        return places.numpy(), values.numpy(), log_sums.numpy()
+
+
+HOW = pytest.mark.parametrize("how", [lambda step: step, Choosing], ids=["whole", "best"])
 
 
 @untraced()
@@ -238,11 +264,12 @@ def compare_one(seed: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     reference = their_captions(
         model, pixel_values, prompt_ids, ends, eos_token_id=ends, pad_token_id=end, **words
     )
+    # Both ways of asking, in turns.
+    step: Any = ReferenceStep(model, pixel_values)
+    step = Choosing(step) if seed % 2 else step
     with monkeypatch.context() as patch:
         gaps = Gaps(patch)
-        ours = our_captions(
-            ReferenceStep(model, pixel_values), len(pixel_values), prompt_ids, ends, **words
-        )
+        ours = our_captions(step, len(pixel_values), prompt_ids, ends, **words)
     note = f"seed {seed}, V {vocabulary}, {words}, smallest gap at a border {gaps.smallest:.2g}"
     assert_same_captions(ours, reference, note)
     return [len(found.token_ids) for image in ours for found in image]
@@ -334,6 +361,42 @@ def test_beams_with_every_token_banned_return_what_stood() -> None:
     assert found.score == their_score == -1e9
     assert sorted(found.token_ids) == sorted(their_ids) == list(range(8))
     assert len(found.token_logprobs) == 8
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_best_of_each_row_give_what_whole_rows_give(seed: int) -> None:
+    """Also with many equal logits, penalties that sink the best, and bans; sampling asks for all.
+
+    Equal logits are fewer than the spare ones that are asked for.
+    """
+    rng = np.random.default_rng(seed)
+    vocabulary = 700
+
+    def logits_of(image: int, said: tuple[int, ...]) -> np.ndarray:
+        # All that was said counts: else sums of beams are equal but for their rounding.
+        own = np.random.default_rng((seed, image, *said))
+        logits = own.normal(scale=2.0, size=vocabulary).astype(np.float32)
+        return (logits * 8).round() / 8 if seed % 2 else logits
+
+    num_beams = int(rng.integers(1, 6))
+    words = {
+        "num_beams": num_beams,
+        "num_return_sequences": num_beams,
+        "max_new_tokens": 14,
+        "min_length": int(rng.choice([0, 9])),
+        "repetition_penalty": float(rng.choice([0.8, 1.0, 1.0, 3.0])),
+        "no_repeat_ngram_size": int(rng.choice([0, 1, 2])),
+        "do_sample": False,
+    }
+    whole, few = TableStep(logits_of), Choosing(TableStep(logits_of))
+    expected, found = (our_captions(step, 2, [5, 3], [5], **words) for step in (whole, few))
+    for wanted, got in zip(itertools.chain(*expected), itertools.chain(*found), strict=True):
+        assert got.token_ids == wanted.token_ids
+        assert got.score == pytest.approx(wanted.score, abs=1e-5)
+        assert got.token_logprobs == pytest.approx(wanted.token_logprobs, abs=1e-5)
+    # A reward may lift a token from anywhere, so then nothing can be left out.
+    assert bool(few.asked) == (words["repetition_penalty"] >= 1)
+    assert all(count < 60 for count in few.asked)
 
 
 # Closed forms ---------------------------------------------------------------------------------
@@ -459,7 +522,7 @@ def test_filters_equal_those_of_transformers(seed: int) -> None:
     end = vocabulary - 1
     token_ids = rng.integers(0, min(vocabulary, 9), (3, 12))
     options = decided(**words, do_sample=True, seed=0, max_length=40)
-    ours = decoding._apply(decoding._filters(options, np.array([end])), scores, token_ids)
+    ours = filters_of(options, np.array([end]))(scores, Candidates(scores), token_ids)
     chain = [
         theirs.RepetitionPenaltyLogitsProcessor(words["repetition_penalty"]),
         theirs.NoRepeatNGramLogitsProcessor(words["no_repeat_ngram_size"] or 99),
@@ -546,19 +609,20 @@ WAYS: list[dict[str, Any]] = [
 ]
 
 
+@HOW
 @pytest.mark.parametrize("words", WAYS)
-def test_an_image_gives_in_a_batch_what_it_gives_alone(words: dict[str, Any]) -> None:
+def test_an_image_gives_in_a_batch_what_it_gives_alone(words: dict[str, Any], how: Any) -> None:
     model = reference_model(21, 30, end_bias=4.0)
     pixel_values = pictures(21, 8)
     words = {"max_new_tokens": 12, **words}
     step = ReferenceStep(model, pixel_values)
-    together = our_captions(step, 8, [29], [29], **words)
+    together = our_captions(how(step), 8, [29], [29], **words)
     for image in range(8):
         alone = dict(words)
         if "seed" in words:
             alone["seed"] += image
         one = ReferenceStep(model, pixel_values[image : image + 1])
-        [hypotheses] = our_captions(one, 1, [29], [29], **alone)
+        [hypotheses] = our_captions(how(one), 1, [29], [29], **alone)
         assert [h.token_ids for h in hypotheses] == [h.token_ids for h in together[image]]
     fed = step.rows_fed
     assert fed[0] == 8
@@ -644,9 +708,12 @@ def test_prompts_without_room_are_refused(prompt_ids: list[int]) -> None:
         )
 
 
+@HOW
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("words", WAYS)
-def test_logits_that_are_no_numbers_are_named(value: float, words: dict[str, Any]) -> None:
+def test_logits_that_are_no_numbers_are_named(
+    value: float, words: dict[str, Any], how: Any
+) -> None:
     def logits_of(image: int, said: tuple[int, ...]) -> np.ndarray:
         logits = np.zeros(9, np.float32)
         logits[4] = value if len(said) == 3 else 1.0
@@ -654,7 +721,7 @@ def test_logits_that_are_no_numbers_are_named(value: float, words: dict[str, Any
 
     with pytest.raises(DiptychError, match="not finite at step 3"):
         search(
-            TableStep(logits_of),
+            how(TableStep(logits_of)),
             num_images=2,
             prompt_ids=[8],
             options=decided(**words),
@@ -662,13 +729,14 @@ def test_logits_that_are_no_numbers_are_named(value: float, words: dict[str, Any
         )
 
 
+@HOW
 @pytest.mark.parametrize("words", WAYS)
-def test_a_model_may_ban_tokens_itself(words: dict[str, Any]) -> None:
+def test_a_model_may_ban_tokens_itself(words: dict[str, Any], how: Any) -> None:
     def logits_of(image: int, said: tuple[int, ...]) -> np.ndarray:
         return np.where(np.arange(60) % 3 == 0, -np.inf, np.float32(0.0)).astype(np.float32)
 
     found = search(
-        TableStep(logits_of),
+        how(TableStep(logits_of)),
         num_images=2,
         prompt_ids=[59],
         options=decided(max_new_tokens=6, **words),

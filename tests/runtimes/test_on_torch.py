@@ -10,8 +10,14 @@ import pytest
 import torch
 
 from diptych.runtimes import on_torch
-from diptych.runtimes.network import gather_rows
-from diptych.runtimes.on_torch import OneDnnLinear, faster, torch_networks, twin
+from diptych.runtimes.network import ChoosingNetwork, gather_rows
+from diptych.runtimes.on_torch import (
+    ChoosingDecoder,
+    OneDnnLinear,
+    faster,
+    torch_networks,
+    twin,
+)
 
 Make = Callable[..., Any]
 VARIANTS = ["cross-attention", "prefix", "stem", "untied", "enc_to_dec_proj"]
@@ -88,6 +94,30 @@ def test_caches_stay_tensors_and_can_be_gathered(module: Make, pictures: Make) -
         input_ids=np.array([[6], [5]]), past_key_values=past, cross_key_values=bridged
     )
     assert np.allclose(crossed, straight[::-1], atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["cross-attention", "prefix"])
+def test_the_best_words_are_those_of_the_logits(variant: str, module: Make, pictures: Make) -> None:
+    captioner = module(variant)
+    networks = torch_networks(captioner)
+    assert not isinstance(networks["decoder"], ChoosingNetwork), "NumPy ranks sooner on a CPU"
+    choosing = ChoosingDecoder(captioner)
+    assert isinstance(choosing, ChoosingNetwork)
+    (bridged,) = networks["encoder"](pixel_values=pictures(3))
+    given = {
+        "input_ids": np.array([[1], [2], [3]]),
+        next(iter(networks["encoder"].outputs)): bridged,
+    }
+    logits, past = networks["decoder"](**given)
+    expected = torch.from_numpy(logits).log_softmax(1).sort(dim=1, descending=True)
+    for count in (1, 7, 5000):
+        token_ids, values, log_sums, present = choosing.best(count, **given)
+        assert token_ids.shape == values.shape == (3, min(count, 400))
+        assert torch.equal(present, past)
+        found = values - values.max(1, keepdims=True) - log_sums[:, None]
+        assert np.allclose(found, expected.values[:, :count], atol=1e-5)
+        assert (logits[np.arange(3)[:, None], token_ids] == values).all()
+    assert (token_ids[:, :5] == expected.indices[:, :5].numpy()).all()
 
 
 def test_image_attention_is_computed_on_demand(module: Make, pictures: Make) -> None:

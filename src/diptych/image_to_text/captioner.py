@@ -17,7 +17,14 @@ from diptych.image_to_text.caption import WORD, Caption, Reading, View
 from diptych.image_to_text.options import CaptionOptions, SearchOptions
 from diptych.images import Alpha, ImageInput, ImageLimits, Preprocessing, preprocess
 from diptych.runtimes.conversion import export_model
-from diptych.runtimes.network import BRIDGED, Network, OpenNetworks, gather_rows, open_networks
+from diptych.runtimes.network import (
+    BRIDGED,
+    ChoosingNetwork,
+    Network,
+    OpenNetworks,
+    gather_rows,
+    open_networks,
+)
 from diptych.text import Gpt2Tokenizer
 from diptych.weights.files import ModelFolder
 from diptych.weights.hub import resolve
@@ -309,9 +316,9 @@ class Captioner:
             eos_token_ids=self._eos,
         )
 
-    def _step(self, pixel_values: NDArray[np.float32]) -> _Step:
+    def _step(self, pixel_values: NDArray[np.float32]) -> decoding.Step:
         (bridged,) = self.networks["encoder"](pixel_values=pixel_values)
-        return _Step(self.networks["decoder"], self.model.config["bridge"], bridged)
+        return decoder_step(self.networks["decoder"], self.model.config["bridge"], bridged)
 
     def _stream(
         self,
@@ -415,6 +422,13 @@ def caption(
     return Captioner.load(model).caption(images, **options)
 
 
+def decoder_step(decoder: Network, bridge: str, bridged: Any) -> decoding.Step:
+    """Return the step of a search over the pictures that `bridged` is of; it serves one search."""
+    if isinstance(decoder, ChoosingNetwork):
+        return _ChoosingStep(decoder, bridge, bridged)
+    return _Step(decoder, bridge, bridged)
+
+
 class _Step:
     """Run the decoder behind `decoding.Step`: hold the cache, gather it by parents."""
 
@@ -427,17 +441,28 @@ class _Step:
     def __call__(
         self, token_ids: NDArray[np.int64], parents: NDArray[np.int64] | None
     ) -> NDArray[np.float32]:
+        logits, present = self.decoder(**self._given(token_ids, parents))
+        self._keep(present)
+        scores: NDArray[np.float32] = logits
+        return scores
+
+    def _given(
+        self, token_ids: NDArray[np.int64], parents: NDArray[np.int64] | None
+    ) -> dict[str, Any]:
         if parents is None:
             self.images = len(token_ids)
         else:
             self._follow(parents)
-        logits, self.past = self.decoder(
-            input_ids=token_ids, past_key_values=self.past, **{self.name: self.bridged}
-        )
+        return {
+            "input_ids": token_ids,
+            "past_key_values": self.past,
+            self.name: self.bridged,
+        }
+
+    def _keep(self, present: Any) -> None:
+        self.past = present
         if self.name == "prefix_embeds":
             self.bridged = None  # the picture is in the cache now
-        scores: NDArray[np.float32] = logits
-        return scores
 
     def _follow(self, parents: NDArray[np.int64]) -> None:
         """Reorder the cache, and forget the pictures that are done."""
@@ -449,6 +474,21 @@ class _Step:
         self.images, self.rows_per_image = len(kept), len(parents) // len(kept)
         if len(parents) != rows or (parents != np.arange(rows)).any():
             self.past = gather_rows(self.past, parents)
+
+
+class _ChoosingStep(_Step):
+    """Run a decoder that tells the best words behind `decoding.ChoosingStep`."""
+
+    decoder: ChoosingNetwork
+
+    def best(
+        self, token_ids: NDArray[np.int64], parents: NDArray[np.int64] | None, count: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+        best, logits, log_sums, present = self.decoder.best(
+            count, **self._given(token_ids, parents)
+        )
+        self._keep(present)
+        return best, logits, log_sums
 
 
 def _is_single(images: object) -> bool:

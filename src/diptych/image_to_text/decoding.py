@@ -5,7 +5,8 @@ step → logits → filters → choose tokens → done? ─no→ step
 ```
 
 Every image is searched by itself, in its own `State`; only the step sees a batch. So an image's
-captions do not depend on its batch mates. Arrays are NumPy; no model or runtime is known here.
+captions do not depend on its batch mates. Arrays are NumPy; no model or runtime is known here. A
+step that can name the best tokens of each row is asked for those only, where they decide.
 Shape letters: N rows of a call, R rows of one image, T tokens, V vocabulary.
 """
 
@@ -16,17 +17,25 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
-from numpy.typing import NDArray
 
 from diptych.errors import BadInput, DiptychError
+from diptych.image_to_text.candidates import (
+    Candidates,
+    Floats,
+    Ids,
+    best_of,
+    log_softmax,
+    rank,
+    whole,
+)
+from diptych.image_to_text.filters import Filters, filters_of
 from diptych.image_to_text.options import SearchOptions
 
 __all__ = [
-    "Filter",
+    "ChoosingStep",
     "Hypothesis",
     "State",
     "Step",
@@ -38,13 +47,10 @@ __all__ = [
     "stream",
 ]
 
-Ids = NDArray[np.int64]
-Floats = NDArray[np.float32]
-Filter = Callable[[Floats, Ids], Floats]
-"""(scores `R V`, token_ids `R T` with the prompt) → scores `R V`, in a new array."""
-
 # Stands for "no score" in transformers' beam search; kept, because results depend on it.
 _NONE = np.float32(-1e9)
+# Asked for beyond the best that are needed: a runtime may take any of several equal ones there.
+_SPARE = 8
 
 
 class Step(Protocol):
@@ -64,6 +70,19 @@ class Step(Protocol):
         """Feed tokens `N T`; return the logits after the last token, `N V`.
 
         The result is read before the next call and never written to, so a buffer may be reused.
+        """
+        ...
+
+
+@runtime_checkable
+class ChoosingStep(Step, Protocol):
+    """Run the decoder like a `Step`, and keep the logits where they are if the best suffice."""
+
+    def best(self, token_ids: Ids, parents: Ids | None, count: int) -> tuple[Ids, Floats, Floats]:
+        """Feed tokens `N T`; return the `count` best tokens of each row (all, if there are fewer).
+
+        They are `token_ids` `N K` in any order, their `logits` `N K`, and `N` logarithms of the
+        sums of exp(logit - highest logit) over the whole vocabulary.
         """
         ...
 
@@ -102,7 +121,7 @@ class State:
     done: bool = False
 
 
-Advance = Callable[[State, Floats], State]
+Advance = Callable[[State, Candidates], State]
 
 
 def search(
@@ -180,16 +199,17 @@ def search_steps(
     eos = np.unique([token for token in eos_token_ids if token >= 0]).astype(np.int64)
     start = _start(prompt, _rows_per_image(options))
     states = [start] * num_images
-    advances = [_advance(options, eos, image) for image in range(num_images)]
+    filters = filters_of(options, eos)
+    ask = _asking(step, options, eos, filters)
+    advances = [_advance(options, eos, filters, image) for image in range(num_images)]
     active = list(range(num_images))
     token_ids, parents = np.tile(prompt, (num_images, 1)), None
     for index in count():
-        logits = _checked(step(token_ids, parents), len(token_ids), index)
-        rows = len(logits) // len(active)
+        candidates = ask(token_ids, parents, index)
+        rows = len(token_ids) // len(active)
         for place, image in enumerate(active):
-            own = logits[place * rows : (place + 1) * rows]
             # All rows of an image are alike at first, so one was enough to ask for.
-            own = np.broadcast_to(own, (len(start.token_ids), own.shape[1]))
+            own = candidates.rows(place * rows, (place + 1) * rows, len(start.token_ids))
             states[image] = advances[image](states[image], own)
         yield list(states)
         places = [place for place, image in enumerate(active) if not states[image].done]
@@ -219,11 +239,36 @@ def settled(state: State) -> tuple[int, ...]:
     return tuple(rivals[0, :length].tolist())
 
 
+# What is asked of the step ---------------------------------------------------------------------
+
+Ask = Callable[[Ids, Ids | None, int], Candidates]
+"""(token_ids `N T`, parents, index of the step) → candidates of N rows."""
+
+
+def _asking(step: Step, options: SearchOptions, eos: Ids, filters: Filters) -> Ask:
+    """Return how to ask: for the best tokens of each row where they decide, else for whole rows."""
+    reach = filters.reach
+    if reach is None or not isinstance(step, ChoosingStep):
+        return lambda token_ids, parents, index: whole(
+            step(token_ids, parents), len(token_ids), index
+        )
+    needed = _num_ranked(options, eos) if options.num_beams > 1 else 1
+    best = step.best
+    before = 0
+
+    def ask(token_ids: Ids, parents: Ids | None, index: int) -> Candidates:
+        nonlocal before
+        before += token_ids.shape[1]  # rows are as long as all that was fed
+        found = best(token_ids, parents, needed + reach(before) + _SPARE)
+        return best_of(*found, len(token_ids), index)
+
+    return ask
+
+
 # Three ways to advance a state ----------------------------------------------------------------
 
 
-def _advance(options: SearchOptions, eos: Ids, image: int) -> Advance:
-    filters = _filters(options, eos)
+def _advance(options: SearchOptions, eos: Ids, filters: Filters, image: int) -> Advance:
     if options.do_sample:
         draw = _draws(options, image)
         return partial(_advance_rows, options=options, eos=eos, filters=filters, choose=draw)
@@ -249,27 +294,29 @@ def _start(prompt: Ids, rows: int) -> State:
 
 
 Choose = Callable[[Floats, Ids], Ids]
-"""(scores `r V`, rows `r`) → one token id for each of these rows."""
+"""(scores `r K`, rows `r`) → one column for each of these rows."""
 
 
 def _advance_rows(
     state: State,
-    logits: Floats,
+    candidates: Candidates,
     *,
     options: SearchOptions,
     eos: Ids,
-    filters: Sequence[Filter],
+    filters: Filters,
     choose: Choose,
 ) -> State:
     """Add one token to each row by itself: greedy search, or sampling."""
-    tokens = state.token_ids[:, -1].copy()
+    # A row that ended repeats its end token until its sisters have ended too: when sampling, where
+    # rows are whole and the column is the token.
+    columns = state.token_ids[:, -1].copy()
     started = state.token_logprobs.shape[1] > 0
-    # A row that ended repeats its end token until its sisters have ended too.
-    growing = np.flatnonzero(~np.isin(tokens, eos) | (not started))
-    scores = _apply(filters, logits[growing], state.token_ids[growing])
-    tokens[growing] = choose(scores, growing)
-    logprobs = _pick(logits, tokens) - _log_sum_exp(logits)
-    after = _extend(state, np.arange(len(tokens)), tokens, logprobs)
+    growing = np.flatnonzero(~np.isin(columns, eos) | (not started))
+    rows = np.arange(len(columns))
+    own = candidates if len(growing) == len(rows) else Candidates(candidates.logits[growing])
+    columns[growing] = choose(filters(own.logits, own, state.token_ids[growing]), growing)
+    tokens = candidates.tokens(rows, columns)
+    after = _extend(state, rows, tokens, candidates.logprobs_of(columns))
     if not (np.isin(tokens, eos).all() or after.token_ids.shape[1] >= options.max_length):
         return after
     found = [_cut(after, row, eos) for row in range(len(tokens))]
@@ -310,20 +357,21 @@ def _draw(scores: Floats, uniform: float) -> int:
 
 
 def _advance_beams(
-    state: State, logits: Floats, *, options: SearchOptions, eos: Ids, filters: Sequence[Filter]
+    state: State, candidates: Candidates, *, options: SearchOptions, eos: Ids, filters: Filters
 ) -> State:
     """Add one token to each beam: rank all continuations, keep the best num_beams.
 
     Twice as many are ranked (one more num_beams for each further end token), so that num_beams
     remain when the best ones end. Only captions that end among the first num_beams may be returned.
     """
-    width, vocabulary = logits.shape
-    logprobs = log_softmax(logits)
-    totals = _apply(filters, logprobs, state.token_ids) + state.scores[:, None]
-    ranked = rank(totals.ravel(), max(2, 1 + eos.size) * width)
+    width = options.num_beams
+    logprobs = candidates.logprobs()
+    totals = filters(logprobs, candidates, state.token_ids) + state.scores[:, None]
+    ranked = rank(totals.ravel(), _num_ranked(options, eos))
     totals_ranked = totals.ravel()[ranked]
-    beams, tokens = np.divmod(ranked, vocabulary)
-    after = _extend(state, beams, tokens, logprobs[beams, tokens])
+    beams, columns = np.divmod(ranked, totals.shape[1])
+    tokens = candidates.tokens(beams, columns)
+    after = _extend(state, beams, tokens, logprobs[beams, columns])
     at_limit = after.token_ids.shape[1] >= options.max_length
     ends = np.isin(tokens, eos) | at_limit
     ended = _merge(after, np.flatnonzero(ends[:width]), totals_ranked, options)
@@ -339,6 +387,10 @@ def _advance_beams(
         ended=_filled(ended, state) if done else ended,
         done=done,
     )
+
+
+def _num_ranked(options: SearchOptions, eos: Ids) -> int:
+    return int(max(2, 1 + eos.size) * options.num_beams)
 
 
 def _merge(
@@ -408,143 +460,3 @@ def _hypothesis(state: State, row: int, length: int, score: float) -> Hypothesis
     token_ids = state.token_ids[row, prompt_length : prompt_length + length]
     logprobs = state.token_logprobs[row, :length]
     return Hypothesis(tuple(token_ids.tolist()), tuple(logprobs.tolist()), score)
-
-
-# Filters --------------------------------------------------------------------------------------
-
-
-def _filters(options: SearchOptions, eos: Ids) -> list[Filter]:
-    """Return the filters these options ask for, in transformers' order."""
-    filters: list[Filter] = []
-    if options.repetition_penalty != 1:
-        filters.append(partial(_penalise_repetition, penalty=options.repetition_penalty))
-    if options.no_repeat_ngram_size:
-        filters.append(partial(_ban_repeated_ngrams, size=options.no_repeat_ngram_size))
-    if options.min_length and eos.size:
-        filters.append(partial(_ban_early_end, min_length=options.min_length, eos=eos))
-    if options.do_sample:
-        if options.temperature != 1:
-            filters.append(partial(_temper, temperature=options.temperature))
-        if options.top_k:
-            filters.append(partial(_keep_top_k, top_k=options.top_k))
-        if options.top_p < 1:
-            filters.append(partial(_keep_top_p, top_p=options.top_p))
-    return filters
-
-
-def _apply(filters: Sequence[Filter], scores: Floats, token_ids: Ids) -> Floats:
-    for keep_legal in filters:
-        scores = keep_legal(scores, token_ids)
-    return scores
-
-
-def _penalise_repetition(scores: Floats, token_ids: Ids, *, penalty: float) -> Floats:
-    """Make every token seen so far less likely (Keskar et al. 2019); the start token counts."""
-    scores = scores.copy()
-    seen = np.take_along_axis(scores, token_ids, axis=1)
-    seen = np.where(seen < 0, seen * np.float32(penalty), seen / np.float32(penalty))
-    np.put_along_axis(scores, token_ids, seen, axis=1)
-    return scores
-
-
-def _ban_repeated_ngrams(scores: Floats, token_ids: Ids, *, size: int) -> Floats:
-    """Ban tokens that would complete a run of `size` tokens a second time."""
-    length = token_ids.shape[1]
-    if length < size:
-        return scores
-    windows = sliding_window_view(token_ids, size, axis=1)
-    tail = token_ids[:, None, length - size + 1 :]
-    rows, places = np.nonzero((windows[:, :, :-1] == tail).all(axis=2))
-    scores = scores.copy()
-    scores[rows, windows[rows, places, -1]] = -np.inf
-    return scores
-
-
-def _ban_early_end(scores: Floats, token_ids: Ids, *, min_length: int, eos: Ids) -> Floats:
-    """Ban the end tokens while a row, prompt included, is shorter than `min_length`."""
-    if token_ids.shape[1] >= min_length:
-        return scores
-    scores = scores.copy()
-    scores[:, eos[eos < scores.shape[1]]] = -np.inf
-    return scores
-
-
-def _temper(scores: Floats, token_ids: Ids, *, temperature: float) -> Floats:
-    """Divide by the temperature."""
-    return scores / np.float32(temperature)
-
-
-def _keep_top_k(scores: Floats, token_ids: Ids, *, top_k: int) -> Floats:
-    """Keep the `top_k` best tokens of each row, and all that tie with the last of them."""
-    count = min(top_k, scores.shape[1])
-    last = np.stack([row[rank(row, count)[-1]] for row in scores])
-    return np.where(scores < last[:, None], np.float32(-np.inf), scores)
-
-
-def _keep_top_p(scores: Floats, token_ids: Ids, *, top_p: float) -> Floats:
-    """Keep the fewest tokens of each row that hold `top_p` of the probability, at least one.
-
-    Holtzman et al. 2020. Of tokens that tie at the border, lower ids stay.
-    """
-    scores = scores.copy()
-    for row in scores:
-        ordered = np.sort(row)
-        if ordered[-1] == -np.inf:
-            continue
-        weights = np.exp(ordered - ordered[-1])
-        cumulative = (weights / weights.sum()).cumsum(dtype=np.float64).astype(np.float32)
-        removed = int(np.count_nonzero(cumulative[:-1] <= np.float32(1 - top_p)))
-        border = ordered[removed]
-        ties = np.flatnonzero(row == border)
-        row[row < border] = -np.inf
-        surplus = removed - int(np.searchsorted(ordered, border))
-        row[ties[ties.size - surplus :]] = -np.inf
-    return scores
-
-
-# Numbers --------------------------------------------------------------------------------------
-
-
-def log_softmax(logits: Floats) -> Floats:
-    """Return log-probabilities `N V` of logits `N V`, in float32."""
-    shifted: Floats = logits - logits.max(axis=1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return shifted
-
-
-def rank(scores: Floats, count: int) -> Ids:
-    """Return the places of the `count` best of `scores` `M`, best first, lower place on a tie."""
-    width, places = 256, np.arange(scores.size)
-    blocks = scores.size // width
-    if blocks > count:
-        # At least `count` values reach the count-th best block maximum: look no further.
-        maxima = scores[: blocks * width].reshape(blocks, width).max(axis=1)
-        places = np.flatnonzero(scores >= np.partition(maxima, -count)[-count])
-    return places[np.argsort(-scores[places], kind="stable")[:count]]
-
-
-def _log_sum_exp(logits: Floats) -> Floats:
-    highest: Floats = logits.max(axis=1)
-    total: Floats = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
-    return total
-
-
-def _pick(logits: Floats, tokens: Ids) -> Floats:
-    picked: Floats = logits[np.arange(len(tokens)), tokens]
-    return picked
-
-
-def _checked(logits: Floats, rows: int, index: int) -> Floats:
-    """Return logits as float32 `rows V`; DiptychError unless each row's highest is a number.
-
-    -inf for some tokens is a way to ban them, so only NaN, inf and rows without a number are wrong.
-    """
-    logits = np.asarray(logits, dtype=np.float32)
-    assert logits.shape == (rows, logits.shape[-1]), (logits.shape, rows)
-    wrong = np.flatnonzero(~np.isfinite(logits.max(axis=1)))
-    if wrong.size:
-        raise DiptychError(
-            f"the decoder's logits are not finite at step {index + 1} (row {wrong[0]} of {rows}): "
-            "the weights or the pixel values hold NaN or inf, or a half-precision run overflowed."
-        )
-    return logits

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ __all__ = [
     "RUNTIMES",
     "STYLE_INPUTS",
     "Array",
+    "ChoosingNetwork",
     "Network",
     "OpenNetworks",
     "check_wanted",
@@ -88,6 +89,21 @@ class Network(Protocol):
 
         `logits` and `image_attention` are NumPy float32; caches stay where the runtime keeps them.
         What the networks of a generator give is float32 and of their runtime's kind.
+        """
+        ...
+
+
+@runtime_checkable
+class ChoosingNetwork(Network, Protocol):
+    """A decoder that can keep its logits where it runs, and tell the best words only."""
+
+    def best(
+        self, count: int, /, **arrays: Array
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32], Array]:
+        """Return what the logits [N, V] say of the `count` best words, and `present_key_values`.
+
+        First come their ids [N, K] in any order, K being `count` or V, their logits [N, K], and
+        [N] logarithms of the sums of exp(logit - highest logit) over all words.
         """
         ...
 
@@ -248,7 +264,11 @@ def gather_rows(cache: Array, rows: Sequence[int] | Array) -> Array:
     As `cache[:, :, rows]`, except that NumPy would leave the result in another memory order, which
     takes ten times as long and has to be straightened before the next call.
     """
-    return np.take(cache, rows, axis=2) if isinstance(cache, np.ndarray) else cache[:, :, rows]
+    if isinstance(cache, np.ndarray):
+        return np.take(cache, rows, axis=2)
+    import torch
+
+    return cache.index_select(2, torch.as_tensor(rows, device=cache.device))
 
 
 def check_wanted(wanted: Sequence[str] | None, outputs: Mapping[str, str]) -> tuple[str, ...]:

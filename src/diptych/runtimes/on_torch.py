@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,15 @@ from diptych.runtimes.network import Network, check_wanted
 from diptych.weights.files import ModelFolder
 from diptych.weights.load import load_captioner
 
-__all__ = ["TorchDecoder", "TorchEncoder", "faster", "open_checkpoint", "torch_networks", "twin"]
+__all__ = [
+    "ChoosingDecoder",
+    "TorchDecoder",
+    "TorchEncoder",
+    "faster",
+    "open_checkpoint",
+    "torch_networks",
+    "twin",
+]
 
 
 def open_checkpoint(
@@ -33,7 +41,9 @@ def open_checkpoint(
 
 def torch_networks(module: VisionEncoderDecoder) -> dict[str, Network]:
     """Wrap the two halves of `module`, which is left as it is."""
-    return {"encoder": TorchEncoder(module), "decoder": TorchDecoder(module)}
+    # On a CPU logits need no transfer, and NumPy ranks them sooner than torch does.
+    decoder = TorchDecoder if _device(module).type == "cpu" else ChoosingDecoder
+    return {"encoder": TorchEncoder(module), "decoder": decoder(module)}
 
 
 class TorchEncoder:
@@ -75,18 +85,36 @@ class TorchDecoder:
     @torch.inference_mode()
     def __call__(self, wanted: Sequence[str] | None = None, /, **arrays: Any) -> tuple[Any, ...]:
         names = check_wanted(wanted, self.outputs)
-        module = self._module
-        past, bridged = (arrays.get(name) for name in ("past_key_values", self._bridge))
-        logits, present, seen = module.step(
-            torch.as_tensor(arrays["input_ids"], device=_device(module)),
-            None if bridged is None else _tensor(bridged, module),
-            None if past is None else _tensor(past, module),
-            "image_attention" in names,
-        )
+        logits, present, seen = self._step(arrays, "image_attention" in names)
         made = {"present_key_values": present, "logits": _numpy(logits)}
         if seen is not None:
             made["image_attention"] = _numpy(seen)
         return tuple(made[name] for name in names)
+
+    def _step(
+        self, arrays: Mapping[str, Any], need_weights: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        module = self._module
+        past, bridged = (arrays.get(name) for name in ("past_key_values", self._bridge))
+        return module.step(
+            torch.as_tensor(arrays["input_ids"], device=_device(module)),
+            None if bridged is None else _tensor(bridged, module),
+            None if past is None else _tensor(past, module),
+            need_weights,
+        )
+
+
+class ChoosingDecoder(TorchDecoder):
+    """Run a decoder on a GPU: its logits stay there where the best words suffice."""
+
+    @torch.inference_mode()
+    def best(self, count: int, /, **arrays: Any) -> tuple[Any, ...]:
+        """Return the best words as `ChoosingNetwork` says."""
+        logits, present, _ = self._step(arrays, False)
+        logits = logits.float()
+        values, token_ids = logits.topk(min(count, logits.shape[1]), dim=1)
+        log_sums = (logits - values[:, :1]).exp().sum(dim=1).log()
+        return token_ids.cpu().numpy(), _numpy(values), _numpy(log_sums), present
 
 
 def faster(module: VisionEncoderDecoder) -> VisionEncoderDecoder:
