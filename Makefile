@@ -74,6 +74,7 @@ default-generator: $(DEV)/.installed ## repeat the default generator's recipe, i
 
 docs: $(DOCS)/.installed ## make the pictures of the guides, build the documentation into site/
 	@$(DOCS)/bin/python docs/generate_pictures.py
+	@$(DOCS)/bin/python docs/generate_plots.py
 	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 clean: ## remove build outputs and caches; virtual environments stay
