@@ -15,7 +15,7 @@ from diptych.models.clip_text import ClipText, ClipTextConfig
 from diptych.models.unet import UNet, UNetConfig
 from diptych.models.vae import Vae, VaeConfig
 from diptych.runtimes import on_torch_generator
-from diptych.runtimes.on_torch_generator import generator_networks
+from diptych.runtimes.on_torch_generator import generator_networks, lay_out, layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,6 +36,17 @@ def modules() -> dict[str, nn.Module]:
 def in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute in 16 bits even where the processor is slow at it."""
     monkeypatch.setattr(on_torch_generator, "computed_in", lambda dtype, device: dtype)
+
+
+def test_maps_of_a_vae_on_cuda_are_channels_first(modules: dict[str, nn.Module]) -> None:
+    """The CUDA norm of groups gives no other order, so each of them would be turned twice."""
+    for device, expected in (("cuda", torch.contiguous_format), ("cpu", torch.channels_last)):
+        moved = {name: copy.deepcopy(module) for name, module in modules.items()}
+        lay_out(moved, device)
+        found: Any = moved
+        assert found["unet"].conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+        assert found["vae"].decoder.conv_in.weight.is_contiguous(memory_format=expected)
+        assert layout("vae", torch.device(device)) == expected
 
 
 def overflowing(vae: nn.Module) -> Vae:

@@ -86,6 +86,43 @@ def test_compiled_blocks_draw_the_same_and_swap_loras(
     assert len({picture.tobytes() for picture in pictures}) == 2
 
 
+@pytest.mark.no_cover
+def test_where_the_compiler_fails_pictures_are_made_without_it(
+    generator: ImageGenerator, caplog: pytest.LogCaptureFixture
+) -> None:
+    from diptych.runtimes.on_torch_generator import compile_blocks
+
+    asked = []
+
+    def broken(*_: Any) -> Any:
+        asked.append(1)
+        try:
+            raise OSError("no kernel for this\nand much more")
+        except OSError as error:
+            raise ValueError("at 51:26:") from error
+
+    plain, modules = draw(generator), generator.networks.modules
+    assert modules is not None
+    compile_blocks(modules, backend=broken)
+    with caplog.at_level("WARNING", logger="diptych"):
+        assert (draw(generator) == plain).all()
+        draw(generator)
+    assert len(asked) == 1, "no other block is tried in vain"
+    [told] = [record.getMessage() for record in caplog.records if record.name == "diptych"]
+    assert told.startswith("torch.compile failed")
+    assert told.endswith(": OSError: no kernel for this")
+
+
+def test_mistakes_of_a_block_are_no_failures_of_the_compiler(generator: ImageGenerator) -> None:
+    from diptych.runtimes.on_torch_generator import compile_blocks
+
+    modules = generator.networks.modules
+    assert modules is not None
+    compile_blocks(modules, backend="eager")
+    with pytest.raises(RuntimeError, match="channels"):
+        generator.networks["vae_decoder"](latents=np.zeros((1, 7, 8, 8), np.float32))
+
+
 def test_what_cannot_be_compiled(generator: ImageGenerator) -> None:
     with pytest.raises(BadInput, match="mode is 'fast'"):
         generator.compile("fast")

@@ -29,6 +29,8 @@ __all__ = [
     "TorchNetwork",
     "compile_blocks",
     "generator_networks",
+    "lay_out",
+    "layout",
     "open_generator_checkpoint",
     "open_preview_vae",
 ]
@@ -63,7 +65,8 @@ def open_generator_checkpoint(
     if not roomy and offload is None:
         offload = not _has_room(device, sum(_bytes(module) for module in modules.values()))
     for module in modules.values():
-        _lay_out(module.eval().requires_grad_(False))
+        module.eval().requires_grad_(False)
+    lay_out(modules, device)
     return generator_networks(modules, device, offload=bool(offload), reason=reason)
 
 
@@ -109,12 +112,30 @@ def generator_networks(
     )
 
 
+def lay_out(modules: Mapping[str, nn.Module], device: str) -> None:
+    """Keep kernels in the order in which convolutions read maps; the numbers stay the same."""
+    for name, module in modules.items():
+        memory_format = layout(name, torch.device(device))
+        module.to(memory_format=memory_format)  # type: ignore[call-overload]
+
+
+def layout(module: str, device: torch.device) -> torch.memory_format:
+    """Return the order of the maps that a network works on: channels last, but for a VAE on CUDA.
+
+    There every norm of groups makes them channels first (https://github.com/pytorch/pytorch/issues/111824),
+    and the VAE's are so large that turning them back takes more time than it saves.
+    """
+    turns = module == "vae" and device.type == "cuda"
+    return torch.contiguous_format if turns else torch.channels_last
+
+
 def compile_blocks(modules: Mapping[str, nn.Module], **words: Any) -> int:
     """Let torch.compile work on the blocks of UNet and VAE, in place; return how many there are.
 
     Blocks of one kind share their code, so a few kinds are compiled instead of one large network,
     and a LoRA that is swapped for another finds its code there already. `words` are those of
-    `torch.compile`. What is compiled is compiled at the first call.
+    `torch.compile`. What is compiled is compiled at the first call; where the compiler fails, all
+    blocks run as they were, and a warning says so once.
     """
     # A UNet has more kinds of blocks, by their widths, than torch compiles of one function.
     dynamo: Any = torch._dynamo.config
@@ -128,11 +149,40 @@ def compile_blocks(modules: Mapping[str, nn.Module], **words: Any) -> int:
     ]
     for block in blocks:
         block.compile(**words)
+        compiled = cast(Callable[..., Any], block._compiled_call_impl)
+        block._compiled_call_impl = partial(_attempt, blocks, block, compiled)
     if words.get("mode") in _MODES_WITH_GRAPHS:
         for name, call in (("unet", "predict"), ("vae", "encode"), ("vae", "decode")):
             # In the instance, so that the network's own file stays free of it.
             object.__setattr__(modules[name], call, partial(_as_one, getattr(modules[name], call)))
     return len(blocks)
+
+
+def _attempt(
+    blocks: Sequence[nn.Module],
+    block: nn.Module,
+    compiled: Callable[..., Any],
+    *args: Any,
+    **words: Any,
+) -> Any:
+    """Call a compiled block; if it cannot be compiled, none of `blocks` is any more."""
+    from torch._dynamo.exc import BackendCompilerFailed  # takes long, and few compile
+
+    try:
+        return compiled(*args, **words)
+    except BackendCompilerFailed as error:
+        logger.warning("torch.compile failed, so pictures are made without it: %s", _origin(error))
+        for each in blocks:
+            each._compiled_call_impl = None
+        return block(*args, **words)
+
+
+def _origin(error: BaseException) -> str:
+    """Return in one line what an error of the compiler began with."""
+    first: BaseException = getattr(error, "inner_exception", error)
+    while first.__cause__ is not None:
+        first = first.__cause__
+    return f"{type(first).__name__}: {first}".partition("\n")[0][:200]
 
 
 def _as_one(call: Callable[..., Any], *args: Any, **words: Any) -> Any:
@@ -219,8 +269,9 @@ class TorchNetwork:
         if not tensor.is_floating_point() or name in _KEPT_IN_FLOAT32:
             return tensor.float()
         tensor = tensor.to(dtype)
-        is_picture = tensor.dim() == 4
-        return tensor.contiguous(memory_format=torch.channels_last) if is_picture else tensor
+        if tensor.dim() != 4:
+            return tensor
+        return tensor.contiguous(memory_format=layout(self._module, self._stage.device))
 
 
 class TorchVae(TorchNetwork):
@@ -275,11 +326,6 @@ def _encode_picture(module: Any, arrays: Mapping[str, Any]) -> tuple[Tensor, ...
 
 def _decode_picture(module: Any, arrays: Mapping[str, Any]) -> tuple[Tensor, ...]:
     return (module.decode(arrays["latents"]),)
-
-
-def _lay_out(module: nn.Module) -> None:
-    """Keep kernels in the order in which convolutions read them; the numbers stay the same."""
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> bool:
