@@ -74,8 +74,16 @@ def pair(small_generator: Path, device: str) -> tuple[ImageGenerator, ImageGener
 
 @pytest.mark.parametrize("task", TASKS)
 def test_float32_draws_what_the_cpu_draws(
-    task: str, pair: tuple[ImageGenerator, ImageGenerator], note: Any
+    task: str,
+    pair: tuple[ImageGenerator, ImageGenerator],
+    note: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if task == "style_transfer":
+        # The way to noise makes small differences of this network large. A GPU's convolutions
+        # round to the 10 bits of TF32: done so on the CPU alone, that leaves 22 dB here and 60 dB
+        # in the other tasks. With 21 of float32's 23 bits it leaves 58 dB.
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     decibels = psnr(*(TASKS[task](each).image for each in pair))
     note(model="small", task=task, dtype="float32", psnr_db=decibels)
     assert decibels >= 40
