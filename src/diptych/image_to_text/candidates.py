@@ -7,6 +7,7 @@ itself has picked them. Shape letters: R rows, K candidates of each, V vocabular
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,11 +34,17 @@ class Candidates:
 
     def rows(self, start: int, stop: int, count: int) -> Candidates:
         """Return `count` rows: those from `start` to `stop`, or this one repeated."""
-        parts = [
-            None if each is None else np.broadcast_to(each[start:stop], (count, *each.shape[1:]))
-            for each in (self.logits, self.token_ids, self.log_sums)
-        ]
-        return Candidates(*parts)  # type: ignore[arg-type]
+
+        def part(array: NDArray[Any]) -> NDArray[Any]:
+            own = array[start:stop]
+            return own if len(own) == count else np.broadcast_to(own, (count, *own.shape[1:]))
+
+        token_ids, log_sums = self.token_ids, self.log_sums
+        return Candidates(
+            part(self.logits),
+            None if token_ids is None else part(token_ids),
+            None if log_sums is None else part(log_sums),
+        )
 
     def tokens(self, rows: Ids, columns: Ids) -> Ids:
         """Return the tokens in these places."""
