@@ -5,15 +5,21 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from duplicates import left_out
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,17 @@ def tiny_imagenet(folder: Path, split: str) -> Labelled:
     return Labelled(as_planes(pictures), torch.from_numpy(index["label"].astype(np.int64)))
 
 
+def captioned_rows(folder: Path, splits: set[str]) -> list[dict[str, Any]]:
+    """Return the rows of some splits, without training photos that show a held-out one."""
+    with (folder / "captions.jsonl").open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    without = left_out(folder.name)
+    return [row for row in rows if row["split"] in splits and row["file"] not in without]
+
+
 def captioned(folder: Path, splits: set[str], size: int) -> Captioned:
     """Read the photos and captions of some splits, each photo squashed to a square."""
-    rows = [json.loads(line) for line in (folder / "captions.jsonl").open(encoding="utf-8")]
-    rows = [row for row in rows if row["split"] in splits]
-    pictures = []
+    rows, pictures = captioned_rows(folder, splits), []
     for row in rows:
         with Image.open(folder / row["file"]) as photo:
             squashed = photo.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)

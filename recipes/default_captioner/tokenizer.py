@@ -5,7 +5,6 @@ python recipes/default_captioner/tokenizer.py [config.toml]
 
 from __future__ import annotations
 
-import json
 import sys
 import tomllib
 from pathlib import Path
@@ -14,17 +13,15 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from diptych.text import END_OF_TEXT
-from pictures import clean
+from pictures import captioned_rows, clean
 
 
 def training_captions(data: Path) -> list[str]:
     """Return every cleaned caption that may be trained on."""
     captions = []
     for name, splits in (("flickr8k_224", {"train", "extra"}), ("pascal_sentences_224", {"train"})):
-        for line in (data / name / "captions.jsonl").open(encoding="utf-8"):
-            row = json.loads(line)
-            if row["split"] in splits:
-                captions += [clean(caption) for caption in row["captions"]]
+        for row in captioned_rows(data / name, splits):
+            captions += [clean(caption) for caption in row["captions"]]
     return captions
 
 

@@ -14,11 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scenes"))
 
 from diptych.evaluation.scenes import paraphrase, sample_scene, sentence
+from duplicates import left_out
 from render import render
 
+SIDE = 128  # pixels of every picture
 PART = 1000
 FOLDERS = {
     "emoji": ("noto_emoji_128", "fxemoji_128"),
@@ -38,13 +41,17 @@ class Captioned:
 
 
 def photographs(data: Path, domain: str, split: str) -> Captioned:
-    """Read the pictures of a domain, transparent ones on white."""
+    """Read the pictures of a domain, transparent ones on white.
+
+    Training pictures that show what a held-out one shows are left out.
+    """
     pictures, captions = [], []
     for folder in (data / name for name in FOLDERS[domain]):
+        without = left_out(folder.name)
         with (folder / "captions.jsonl").open(encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
         for row in rows:
-            if row["split"] == split:
+            if row["split"] == split and row["file"] not in without:
                 pictures.append(_read(folder / row["file"]))
                 captions.append(row["captions"])
     return Captioned(np.stack(pictures), captions)
