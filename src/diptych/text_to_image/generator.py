@@ -375,6 +375,8 @@ class ImageGenerator:
     def compile(self, mode: str | None = None) -> None:
         """Let torch.compile make UNet and VAE faster; the first picture of a size waits for it.
 
+        That takes more than a minute for networks of the size of Stable Diffusion 1. Where the
+        compiler fails, pictures are made without it, and a warning says why.
         `mode` is None, "reduce-overhead" (CUDA graphs) or "max-autotune". A LoRA may be swapped
         for another of the same layers without compiling anew where it is loaded with `fused`.
         Raises `UnsupportedModel` outside of torch.
