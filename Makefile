@@ -55,22 +55,26 @@ bench: $(DEV)/.installed ## measure speed beside transformers and diffusers
 	@$(OFFLINE) $(DEV)/bin/python benchmarks/generate_speed.py
 
 # Both are resumable: stopped and started again, they go on. Data: see the recipes.
+# What would ship comes to lie in the folder `shipped` of the config's `output`.
+OUTPUT := $(DEV)/bin/python -c 'import sys, tomllib; print(tomllib.load(open(sys.argv[1], "rb"))["output"])'
+
 default-captioner: $(DEV)/.installed ## repeat the default captioner's recipe, into runs/ (hours)
-	@for stage in pretrain tokenizer train refine; do \
-	  $(DEV)/bin/python recipes/default_captioner/$$stage.py $(CONFIG) || exit 1; \
-	done
-	@$(DEV)/bin/python recipes/default_captioner/ship.py $(or $(CONFIG),recipes/default_captioner/config.toml) \
-	  runs/default_captioner/shipped
+	@recipe=recipes/default_captioner; config=$(or $(CONFIG),$$recipe/config.toml); \
+	for stage in pretrain tokenizer train refine; do \
+	  $(DEV)/bin/python $$recipe/$$stage.py $$config || exit 1; \
+	done; \
+	$(DEV)/bin/python $$recipe/ship.py $$config "$$($(OUTPUT) $$config)/shipped"
 
 default-generator: $(DEV)/.installed ## repeat the default generator's recipe, into runs/ (hours)
-	@export OMP_NUM_THREADS=1; recipe=recipes/default_generator; \
+	@export OMP_NUM_THREADS=1; \
+	recipe=recipes/default_generator; config=$(or $(CONFIG),$$recipe/config.toml); \
 	torchrun="$(DEV)/bin/torchrun --nproc-per-node $(PROCESSES)"; \
-	$$torchrun $$recipe/train_vae.py $(CONFIG) && \
-	$(DEV)/bin/python $$recipe/tokenizer.py $(CONFIG) && \
-	$(DEV)/bin/python $$recipe/words.py $(CONFIG) && \
-	$$torchrun $$recipe/train.py $(CONFIG) && \
-	$(DEV)/bin/python $$recipe/ship.py $(or $(CONFIG),$$recipe/config.toml) \
-	  runs/default_generator/shipped
+	$$torchrun $$recipe/train_vae.py $$config && \
+	$(DEV)/bin/python $$recipe/tokenizer.py $$config && \
+	$(DEV)/bin/python $$recipe/words.py $$config && \
+	$$torchrun $$recipe/train.py $$config && \
+	$(DEV)/bin/python $$recipe/polish.py $$config && \
+	$(DEV)/bin/python $$recipe/ship.py $$config "$$($(OUTPUT) $$config)/shipped"
 
 docs: $(DOCS)/.installed ## make the pictures of the guides, build the documentation into site/
 	@$(DOCS)/bin/python docs/generate_pictures.py

@@ -110,6 +110,8 @@ def main(config: dict[str, Any]) -> None:
         first, best, spent = progress["epoch"] + 1, progress["best"], progress.get("spent", 0.0)
     else:
         log.write(stage="refine", epoch=-1, **scores, sample=texts[:3])
+        # What ships where no epoch is better.
+        save_state(output / "refined.safetensors", model, average, optimizer, {"epoch": -1})
     per_epoch = len(train.captions) // options["batch_size"]
     size, each = config["encoder"]["image_size"], options["samples"]
     pace = Pace(options["epochs"] * per_epoch, options.get("seconds"), spent)
@@ -175,10 +177,11 @@ def main(config: dict[str, Any]) -> None:
             "best": max(best, scores["val_cider"]),
             "spent": pace.spent,
         }
-        save_state(state, model, average, optimizer, progress)
+        # The best goes first: killed between the two, the epoch is repeated, and no best is lost.
         if scores["val_cider"] > best:
             best = scores["val_cider"]
             save_state(output / "refined.safetensors", model, average, optimizer, progress)
+        save_state(state, model, average, optimizer, progress)
 
 
 if __name__ == "__main__":

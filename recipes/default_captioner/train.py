@@ -107,7 +107,7 @@ def main(config: dict[str, Any]) -> None:
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
 
     log, state = Log(output / "train.jsonl"), output / "train.safetensors"
-    first, best, spent = 0, 0.0, 0.0
+    first, best, spent = 0, -1.0, 0.0  # the first epoch is the best so far, whatever it scores
     if state.exists():
         progress = load_state(state, pupil, average, optimizer)
         first, best, spent = progress["epoch"] + 1, progress["best"], progress.get("spent", 0.0)
@@ -173,10 +173,11 @@ def main(config: dict[str, Any]) -> None:
             "best": max(best, scores["val_cider"]),
             "spent": pace.spent,
         }
-        save_state(state, pupil, average, optimizer, progress)
+        # The best goes first: killed between the two, the epoch is repeated, and no best is lost.
         if scores["val_cider"] > best:
             best = scores["val_cider"]
             save_state(output / "best.safetensors", pupil, average, optimizer, progress)
+        save_state(state, pupil, average, optimizer, progress)
 
 
 if __name__ == "__main__":
