@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from captioning import START, new_model, read_split
+from diptych.models.vision_encoder_decoder import VisionEncoderDecoder
 from diptych.runtimes.export import export_captioner
 from diptych.text import Gpt2Tokenizer
 from diptych.training.state import read_average
@@ -38,6 +39,7 @@ def main(config: dict[str, Any], folder: Path) -> None:
     model.load_state_dict(
         {k: v.half().float() if v.is_floating_point() else v for k, v in weights.items()}
     )
+    temper(model, config["ship"]["temperature"])
     size = config["encoder"]["image_size"]
     preprocessing = {
         "image_processor_type": "ViTImageProcessor",
@@ -61,7 +63,7 @@ def main(config: dict[str, Any], folder: Path) -> None:
     tokenizer = Gpt2Tokenizer.load(tokenizer_path)
     val = read_split(config, tokenizer, training=False)
     images: list[np.ndarray] = [
-        plain(val.photos.pixels[i : i + 1], size)[0].numpy() for i in range(200)
+        plain(one[None], size)[0].numpy() for one in val.photos.pixels[:200]
     ]
     with tempfile.TemporaryDirectory() as temporary:
         made = Path(temporary) / "captioner"
@@ -93,6 +95,17 @@ def main(config: dict[str, Any], folder: Path) -> None:
         total += file.stat().st_size
         print(f"{file.name:32}{file.stat().st_size / 1e6:8.2f} MB")
     print(f"{'together':32}{total / 1e6:8.2f} MB")
+
+
+@torch.no_grad()
+def temper(model: VisionEncoderDecoder, temperature: float) -> None:
+    """Divide the logits by `temperature`, in the weights (Guo et al. 2017).
+
+    Self-critical training leaves a decoder far too sure of its words. The likeliest words stay, the
+    probabilities fall to what fits people's captions of the validation photos best.
+    """
+    for parameter in model.decoder.ln_f.parameters():
+        parameter /= temperature
 
 
 if __name__ == "__main__":
