@@ -4,7 +4,8 @@
 
 A painter's latents are a little off, and the decoder of stage 1 answers with a mesh of its patches.
 Here the encoder stays, latents get noise of a random strength, and the decoder also has to hit the
-differences between neighbouring pixels. All chance follows from the seed and the step.
+differences between neighbouring pixels. Goes on from the last saved state; all chance follows from
+the seed and the step. Stage 1 keeps its own file: it could not go on from this one.
 """
 
 from __future__ import annotations
@@ -19,9 +20,18 @@ import torch
 from torch import Tensor
 
 from diptych.models.vae import Vae
-from diptych.training.state import Average, Log, Pace, decayed, learning_rate, save_state
+from diptych.training.state import (
+    Average,
+    Log,
+    Pace,
+    decayed,
+    learning_rate,
+    load_state,
+    save_state,
+)
 from train_vae import Pictures, read, to_pixels, trained, validate
 
+STATE = "polished"
 LOG_EVERY = 50
 
 
@@ -35,15 +45,16 @@ def main() -> None:
     for part in (module.decoder, module.post_quant_conv):
         if part is not None:
             part.requires_grad_(True)
-    pictures, latents, spread = encoded(module, read(config), device)
     average = Average(module, settings["ema_decay"])
     named = [each for each in module.named_parameters() if each[1].requires_grad]
     optimizer = torch.optim.AdamW(decayed(named, 1e-4), lr=0.0, betas=(0.9, 0.99))
-    log, pace, step = (
-        Log(output / "polish.jsonl"),
-        Pace(settings["steps"], settings.get("seconds")),
-        0,
-    )
+    state, log = output / f"{STATE}.safetensors", Log(output / "polish.jsonl")
+    step, spent = 0, 0.0
+    if state.exists():
+        progress = load_state(state, module, average, optimizer)
+        step, spent = progress["step"], progress["spent"]
+    pictures, latents, spread = encoded(module, read(config), device)
+    pace = Pace(settings["steps"], settings.get("seconds"), spent)
     sums: dict[str, Tensor] = {}
     while step < (total := pace.total(step)):
         for group in optimizer.param_groups:
@@ -60,8 +71,9 @@ def main() -> None:
         if step % LOG_EVERY == 0:
             log.write(step=step, **{n: round(float(v) / LOG_EVERY, 5) for n, v in sums.items()})
             sums = {}
-    save_state(output / "vae.safetensors", module, average, optimizer, {"step": step})
-    log.write(step=step, **validate(config, device))
+            save_state(state, module, average, optimizer, {"step": step, "spent": pace.spent})
+    save_state(state, module, average, optimizer, {"step": step, "spent": pace.spent})
+    log.write(step=step, **validate(config, device, STATE))
 
 
 @torch.no_grad()

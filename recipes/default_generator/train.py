@@ -76,8 +76,9 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")  # of a GPU: tf32 where bfloat16 is not asked for
     torch.backends.cudnn.benchmark = True
     workers = Workers()
-    torch.manual_seed(config["seed"])
     encode_all(config, device, workers)
+    # Not before: encoding draws an autoencoder, and a run that finds the latents there does not.
+    torch.manual_seed(config["seed"])
     module = build(config).to(device)
     average = Average(module, settings["ema_decay"])
     optimizer = Muon(
