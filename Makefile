@@ -68,7 +68,7 @@ default-captioner: $(DEV)/.installed ## repeat the default captioner's recipe, i
 default-generator: $(DEV)/.installed ## repeat the default generator's recipe, into runs/ (hours)
 	@export OMP_NUM_THREADS=1; \
 	recipe=recipes/default_generator; config=$(or $(CONFIG),$$recipe/config.toml); \
-	torchrun="$(DEV)/bin/torchrun --nproc-per-node $(PROCESSES)"; \
+	torchrun="$(DEV)/bin/$(if $(filter 1,$(PROCESSES)),python,torchrun --nproc-per-node $(PROCESSES))"; \
 	$$torchrun $$recipe/train_vae.py $$config && \
 	$(DEV)/bin/python $$recipe/tokenizer.py $$config && \
 	$(DEV)/bin/python $$recipe/words.py $$config && \

@@ -118,7 +118,7 @@ def trained(config: dict[str, Any], device: torch.device, state: str = "vae") ->
 def read(config: dict[str, Any]) -> dict[str, Pictures]:
     data = Path(config["data"])
     found = {name: photographs(data, name, "train") for name in ("emoji", "flowers")}
-    found["scenes"] = scenes(3000, config["seed"])
+    found["scenes"] = scenes(config["train_vae"].get("scenes", 3000), config["seed"])
     return {name: each.pictures for name, each in found.items()}
 
 

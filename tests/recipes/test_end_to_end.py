@@ -48,7 +48,7 @@ CAPTIONER = {
 }
 GENERATOR = {
     "vae": {"latent_channels": 4, "block_out_channels": [8, 8], "norm_num_groups": 4},
-    "train_vae": {"steps": 450, "batch_size": 2, "crop": 32, "warmup_steps": 10},
+    "train_vae": {"steps": 450, "batch_size": 2, "crop": 32, "warmup_steps": 10, "scenes": 40},
     "tokenizer": {"vocab_size": 600, "model_max_length": 24},
     "text_encoder": {
         "hidden_size": 16,
