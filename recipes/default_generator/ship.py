@@ -1,4 +1,4 @@
-"""Stage 6: write the trained networks as the folder that ships.
+"""Stage 5: write the trained networks as the folder that ships.
 
     python recipes/default_generator/ship.py [config.toml] [folder]
 
@@ -24,7 +24,6 @@ from diptych.runtimes.export_generator import export_generator
 from diptych.weights.generator_files import GeneratorFolder
 from diptych.weights.save_generator import describe_configs, save_generator
 from diptych.weights.tokenizer_files import find_tokenizer
-from polish import STATE
 from train import painted, schedule_config
 from train_vae import trained
 
@@ -40,7 +39,7 @@ def main() -> None:
     modules = {
         "text_encoder": painter.text_encoder,
         "unet": painter.unet,
-        "vae": normalised(autoencoder(config), *statistics(config)),
+        "vae": normalised(trained(config, torch.device("cpu")), *statistics(config)),
     }
     model = GeneratorFolder(
         path=folder,
@@ -59,12 +58,6 @@ def main() -> None:
     save_generator(modules, model, folder, dtype="float16")
     report = export_generator(modules, model, folder, precision=config["ship"]["precision"])
     print(report)
-
-
-def autoencoder(config: dict[str, Any]) -> Vae:
-    """Return the polished autoencoder, or where there is none that of stage 1."""
-    polished = (Path(config["output"]) / f"{STATE}.safetensors").exists()
-    return trained(config, torch.device("cpu"), STATE if polished else "vae")
 
 
 def statistics(config: dict[str, Any]) -> tuple[Tensor, Tensor]:

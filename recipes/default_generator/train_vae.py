@@ -108,10 +108,10 @@ def build(config: dict[str, Any], **changes: Any) -> Vae:
     return module
 
 
-def trained(config: dict[str, Any], device: torch.device, state: str = "vae") -> Vae:
-    """Return the autoencoder with the averaged weights of stage 1, or of another state file."""
+def trained(config: dict[str, Any], device: torch.device) -> Vae:
+    """Return the autoencoder with the averaged weights of stage 1."""
     module = build(config)
-    module.load_state_dict(read_average(Path(config["output"]) / f"{state}.safetensors"))
+    module.load_state_dict(read_average(Path(config["output"]) / "vae.safetensors"))
     return module.eval().to(device)
 
 
@@ -184,9 +184,9 @@ def loss(
 
 
 @torch.no_grad()
-def validate(config: dict[str, Any], device: torch.device, state: str = "vae") -> dict[str, Any]:
+def validate(config: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Measure PSNR of held-out pictures, dB, mean over pictures; and the spread of latents."""
-    module, found, spread = trained(config, device, state), {}, []
+    module, found, spread = trained(config, device), {}, []
     data = Path(config["data"])
     held_out: dict[str, Captioned] = {n: photographs(data, n, "val") for n in ("emoji", "flowers")}
     held_out["scenes"] = scenes(100, config["seed"] + 1)

@@ -63,7 +63,6 @@ GENERATOR = {
         "norm_num_groups": 4,
     },
     "train": {"steps": 140, "batch_size": 4, "warmup_steps": 5, "scenes": 40},
-    "polish": {"steps": 130, "batch_size": 2, "side": 4},
 }
 # The painter saves every four minutes, and is not watched for so long here.
 SAVING = """
@@ -226,7 +225,7 @@ def test_generator_from_pictures_to_shipped_files_with_kills(data, tmp_path):
     recipe, runs = "default_generator", Runs(tmp_path / "log.txt")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     once = config(recipe, GENERATOR, data, whole)
-    for stage in ("train_vae", "tokenizer", "words", "train", "polish"):
+    for stage in ("train_vae", "tokenizer", "words", "train"):
         runs.finish([sys.executable, f"recipes/{recipe}/{stage}.py", str(once)])
 
     path = config(recipe, GENERATOR, data, killed)
@@ -234,10 +233,9 @@ def test_generator_from_pictures_to_shipped_files_with_kills(data, tmp_path):
     runs.kill(command, killed / "vae.jsonl", 2)
     runs.kill(command, killed / "train.jsonl", 1)  # nothing saved yet: it begins again
     runs.kill([sys.executable, "-c", SAVING, str(path)], killed / "train.jsonl", 2)
-    runs.kill(command, killed / "polish.jsonl", 2)
     runs.finish(command)
     runs.finish([sys.executable, f"recipes/{recipe}/train_vae.py", str(path)])  # nothing is left
-    for name in ("vae", "words", "latents", "train", "polished"):
+    for name in ("vae", "words", "latents", "train"):
         equal(whole / f"{name}.safetensors", killed / f"{name}.safetensors")
 
     from diptych import ImageGenerator
