@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import dataclasses
+import json
 import logging
 import subprocess
 import sys
@@ -157,7 +157,7 @@ def test_words_and_places_are_counted_in_files_of_any_precision(artifacts: Make)
             assert (session._words, session._places) == (400, 64)
     session = open_file(EMBEDDED / "captioner" / "decoder.onnx", "input_ids")
     decoder = json.loads((EMBEDDED / "captioner" / "config.json").read_text())["decoder"]
-    counts = (decoder["vocab_size"], decoder["max_position_embeddings"])
+    counts = (decoder["vocab_size"], decoder["n_positions"])
     assert (session._words, session._places) == counts
 
 
