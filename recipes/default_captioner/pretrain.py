@@ -7,7 +7,6 @@ Stop it at any time: it goes on from the last finished epoch.
 
 from __future__ import annotations
 
-import itertools
 import sys
 import tomllib
 from dataclasses import replace
@@ -104,9 +103,9 @@ def main(config: dict[str, Any]) -> None:
     per_epoch = len(train.labels) // batch_size
     pace = Pace(epochs * per_epoch, options.get("seconds"), spent)
 
-    for epoch in itertools.count(first):
-        if epoch * per_epoch >= pace.total(epoch * per_epoch):
-            break
+    over, epoch = pace.over(first * per_epoch), first - 1
+    while not over:
+        epoch += 1
         # All chance of an epoch follows from its number: a resumed run equals an unbroken one.
         chance = torch.Generator().manual_seed(config["seed"] * 1000 + epoch)
         order, losses = torch.randperm(len(train.labels), generator=chance), []
@@ -135,8 +134,8 @@ def main(config: dict[str, Any]) -> None:
             optimizer.zero_grad()
             average.update(model)
             losses.append(loss.detach())
-        done = (epoch + 1) * per_epoch >= pace.total((epoch + 1) * per_epoch)
-        if not done and (epoch + 1) % options["validate_every"]:
+        over = pace.over((epoch + 1) * per_epoch)
+        if not over and (epoch + 1) % options["validate_every"]:
             continue
         own = {name: value.clone() for name, value in model.state_dict().items()}
         model.load_state_dict(average.tensors)

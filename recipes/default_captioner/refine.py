@@ -9,7 +9,6 @@ the middle would win. Starts from the best checkpoint of stage 3.
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 import sys
@@ -116,9 +115,9 @@ def main(config: dict[str, Any]) -> None:
     size, each = config["encoder"]["image_size"], options["samples"]
     pace = Pace(options["epochs"] * per_epoch, options.get("seconds"), spent)
 
-    for epoch in itertools.count(first):
-        if epoch * per_epoch >= pace.total(epoch * per_epoch):
-            break
+    over, epoch = pace.over(first * per_epoch), first - 1
+    while not over:
+        epoch += 1
         chance = torch.Generator().manual_seed(config["seed"] * 2000 + epoch)
         draws = torch.Generator(device).manual_seed(config["seed"] * 2000 + epoch)
         order, told = torch.randperm(len(train.captions), generator=chance), []
@@ -161,6 +160,7 @@ def main(config: dict[str, Any]) -> None:
             optimizer.zero_grad()
             average.update(model)
             told.append(float(reward.mean()))
+        over = pace.over((epoch + 1) * per_epoch)
         own = {name: value.clone() for name, value in model.state_dict().items()}
         model.load_state_dict(average.tensors)
         scores, texts = validate(model, val, tokenizer, device)

@@ -7,7 +7,6 @@ Stop it at any time: it goes on from the last finished epoch.
 
 from __future__ import annotations
 
-import itertools
 import sys
 import tomllib
 from collections import Counter
@@ -115,9 +114,9 @@ def main(config: dict[str, Any]) -> None:
     pace = Pace(options["epochs"] * per_epoch, options.get("seconds"), spent)
     size = config["encoder"]["image_size"]
 
-    for epoch in itertools.count(first):
-        if epoch * per_epoch >= pace.total(epoch * per_epoch):
-            break
+    over, epoch = pace.over(first * per_epoch), first - 1
+    while not over:
+        epoch += 1
         chance = torch.Generator().manual_seed(config["seed"] * 1000 + epoch)
         # Dropout draws from the global stream: it too must follow from the epoch alone.
         torch.manual_seed(config["seed"] * 1000 + epoch)
@@ -150,8 +149,8 @@ def main(config: dict[str, Any]) -> None:
             optimizer.zero_grad()
             average.update(pupil)
             losses.append((loss.detach(), word_loss.detach()))
-        done = (epoch + 1) * per_epoch >= pace.total((epoch + 1) * per_epoch)
-        if not done and (epoch + 1) % options["validate_every"]:
+        over = pace.over((epoch + 1) * per_epoch)
+        if not over and (epoch + 1) % options["validate_every"]:
             continue
         own = {name: value.clone() for name, value in pupil.state_dict().items()}
         pupil.load_state_dict(average.tensors)

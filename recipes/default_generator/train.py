@@ -5,7 +5,7 @@
 
 The pictures are encoded once (`latents.safetensors`). Loss: squared error of what the scheduler's
 `prediction_type` names, weighted by min-SNR. Goes on from the last saved state; all chance follows
-from the seed and the step. `[train] start` names a folder in the layout of diffusers to begin from.
+from the seed and the step. `[train] start` names a generator to begin from.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diptych.models.clip_text import ClipText, ClipTextConfig
@@ -39,6 +39,8 @@ from diptych.training.state import (
     read_average,
     save_state,
 )
+from diptych.weights.diffusion import resolve_generator
+from diptych.weights.load_generator import load_generator
 from pictures import Captioned, photographs, scene_parts
 from tokenizer import load as load_tokenizer
 from train_vae import to_pixels, trained
@@ -187,10 +189,9 @@ def begin(module: Painter, config: dict[str, Any]) -> bool:
     """Load what the painter starts from: a checkpoint, else the text encoder of stage 3."""
     start = config["train"].get("start")
     if start:
-        for name, file in (("text_encoder", "model"), ("unet", "diffusion_pytorch_model")):
-            module.get_submodule(name).load_state_dict(
-                load_file(Path(start) / name / f"{file}.safetensors")
-            )
+        former = load_generator(resolve_generator(start), dtype="float32")
+        for name in ("text_encoder", "unet"):
+            module.get_submodule(name).load_state_dict(former[name].state_dict())
     elif (words := Path(config["output"]) / "words.safetensors").exists():
         module.text_encoder.load_state_dict(read_average(words))
     else:

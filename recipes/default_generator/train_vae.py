@@ -9,17 +9,14 @@ absolute error. Goes on from the last saved state; all chance follows from the s
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diptych.models.vae import Vae, VaeConfig
@@ -34,6 +31,8 @@ from diptych.training.state import (
     read_average,
     save_state,
 )
+from diptych.weights.diffusion import resolve_generator
+from diptych.weights.load_generator import load_generator
 from pictures import Captioned, photographs, scenes
 
 Pictures = NDArray[np.uint8]
@@ -147,14 +146,8 @@ def formerly(config: dict[str, Any], device: torch.device) -> Vae | None:
     settings = config["train_vae"]
     if "former" not in settings:
         return None
-    folder = Path(settings["former"])
-    said = json.loads((folder / "config.json").read_text())
-    known = {field.name for field in dataclasses.fields(VaeConfig)}
-    words = {name: value for name, value in said.items() if name in known}
-    words["block_out_channels"] = tuple(words["block_out_channels"])
-    module = Vae(VaeConfig(**words))
-    module.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
-    return module.eval().requires_grad_(False).to(device)
+    module = load_generator(resolve_generator(settings["former"]), device=device, dtype="float32")
+    return cast(Vae, module["vae"].requires_grad_(False))
 
 
 def loss(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from diptych.training.state import pack_optimizer, unpack_optimizer
+from diptych.training.state import Pace, pack_optimizer, unpack_optimizer
 
 
 class EightBit(torch.optim.Optimizer):
@@ -62,3 +62,16 @@ def test_an_optimizer_comes_back(kind: Any) -> None:
                 assert torch.equal(each, after[name])
             else:
                 assert each == after[name]
+
+
+def test_a_pace_by_the_clock_ends_with_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("diptych.training.state.time.time", lambda: now)
+    steps, clock, resumed = Pace(7), Pace(7, seconds=60), Pace(7, seconds=60, spent=45)
+    assert [pace.total(0) for pace in (steps, clock)] == [7, 1]
+    now += 15  # a quarter of the time for 5 steps foretells 20, whatever `steps` says
+    assert (clock.total(5), clock.over(5), clock.spent) == (20, False, 15)
+    assert resumed.over(5) and resumed.total(5) == 5
+    assert not steps.over(6) and steps.over(7)
+    now += 45
+    assert clock.over(20) and clock.total(20) == 20

@@ -73,7 +73,10 @@ class Muon(torch.optim.Optimizer):
         lookahead = torch._foreach_lerp(gradients, momentum, group["momentum"])
         sizes = [min(_as_matrix(p).shape) ** 2 * max(_as_matrix(p).shape) for p in parameters]
         mine = self._workers.lightest_share(sizes)
-        steps = [torch.zeros_like(each) for each in lookahead]
+        steps = [
+            each if index in mine else torch.zeros_like(each)
+            for index, each in enumerate(lookahead)
+        ]
         for alike in _by_shape(lookahead, mine):
             turned = orthogonalized(torch.stack([_as_matrix(lookahead[i]) for i in alike]))
             for index, matrix in zip(alike, turned, strict=True):

@@ -176,6 +176,10 @@ class Pace:
             return step
         return max(step + 1, round(step * self._seconds / max(self.spent, 1e-3)))
 
+    def over(self, step: int) -> bool:
+        """Tell whether the stage has no more than `step` steps."""
+        return step >= self.total(step)
+
 
 def decayed(
     named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, **group: Any
