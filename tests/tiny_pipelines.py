@@ -16,6 +16,7 @@ from traced import untraced
 
 Family = Literal["sd1", "sd2", "sdxl"]
 FAMILIES: tuple[Family, ...] = ("sd1", "sd2", "sdxl")
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"  # of a UNet, in every family
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 _MERGES = (
@@ -162,6 +163,19 @@ def make_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder, **(save or {}))
     return pipeline
+
+
+def write_lora(path: Path, seed: int, width: int) -> Path:
+    """Write a random LoRA of rank 2 for the one layer `LAYER` of `width` numbers, as peft does."""
+    import torch
+    from safetensors.torch import save_file
+
+    random = torch.Generator().manual_seed(seed)
+    down = torch.randn(2, width, generator=random)
+    up = torch.randn(width, 2, generator=random)
+    named = {f"unet.{LAYER}.lora_A.weight": down, f"unet.{LAYER}.lora_B.weight": up}
+    save_file(named, path)
+    return path
 
 
 def make_tokenizer(full_vocabulary: bool = False, pad_token: str = END) -> Any:

@@ -14,10 +14,10 @@ from PIL import Image
 from diptych import ImageGenerator
 from diptych.errors import DiptychError
 from tiny_models import make_photo
+from tiny_pipelines import LAYER, write_lora
 
 torch = pytest.importorskip("torch")
 
-LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 SIZE = {"width": 64, "height": 64}
 PROMPTS = ["a red circle left of a blue square", "a boat", "two cats"]
 Draw = Callable[[ImageGenerator], Any]
@@ -169,7 +169,9 @@ def test_compiled_blocks(
     def draw() -> Image.Image:
         return generator.generate(PROMPTS[0], **words).image
 
-    loras = [write_lora(tmp_path / f"{n}.safetensors", n, generator) for n in range(2)]
+    assert generator.networks.modules is not None
+    width = generator.networks.modules["unet"].get_submodule(LAYER).weight.shape[0]
+    loras = [write_lora(tmp_path / f"{n}.safetensors", n, width) for n in range(2)]
     wanted = [draw(), *with_each(generator, loras, draw)]
     generator.compile(mode)
     draw()  # compiles
@@ -191,19 +193,6 @@ def with_each(generator: ImageGenerator, loras: list[Path], draw: Any) -> list[I
         made.append(draw())
         generator.unload_lora(handle)
     return made
-
-
-def write_lora(path: Path, seed: int, generator: ImageGenerator) -> Path:
-    from safetensors.torch import save_file
-
-    assert generator.networks.modules is not None
-    width = generator.networks.modules["unet"].get_submodule(LAYER).weight.shape[0]
-    random = torch.Generator().manual_seed(seed)
-    down = torch.randn(2, width, generator=random)
-    up = torch.randn(width, 2, generator=random)
-    named = {f"unet.{LAYER}.lora_A.weight": down, f"unet.{LAYER}.lora_B.weight": up}
-    save_file(named, path)
-    return path
 
 
 def graphs() -> int:

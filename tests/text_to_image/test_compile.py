@@ -11,7 +11,7 @@ import pytest
 
 from diptych import ImageGenerator
 from diptych.errors import BadInput, UnsupportedModel
-from tiny_pipelines import make_pipeline
+from tiny_pipelines import LAYER, make_pipeline, write_lora
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -24,7 +24,6 @@ TWO_LEVELS: dict[str, Any] = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
-LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 @pytest.fixture
@@ -37,17 +36,6 @@ def generator(tmp_path: Path) -> Iterator[ImageGenerator]:
 
 def draw(generator: ImageGenerator) -> np.ndarray:
     return np.asarray(generator.generate("a fox", **WORDS).image, np.float32)
-
-
-def write_lora(path: Path, seed: int, width: int) -> Path:
-    from safetensors.torch import save_file
-
-    random = torch.Generator().manual_seed(seed)
-    down = torch.randn(2, width, generator=random)
-    up = torch.randn(width, 2, generator=random)
-    named = {f"unet.{LAYER}.lora_A.weight": down, f"unet.{LAYER}.lora_B.weight": up}
-    save_file(named, path)
-    return path
 
 
 @pytest.mark.no_cover  # the compiler reads bytecode for long, and much longer traced
