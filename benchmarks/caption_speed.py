@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from diptych import Captioner, export
-from harness import machine, python, record, take_turns, whole_process
+from harness import instructions, machine, python, record, take_turns, whole_process
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -69,12 +69,18 @@ def make_models(folder: Path) -> None:
         )
         write_json(checkpoint / "preprocessor_config.json", size={"height": 224, "width": 224})
         make_photo(0).save(folder / "photo.jpg", quality=95)
-    for name, quantize in (("fp32", None), ("int8", "int8"), ("int4", "int4")):
+    ways: dict[str, dict[str, Any]] = {
+        "fp32": {},
+        "int8": {"quantize": "int8"},
+        "int8-fixed": {"quantize": "int8", "calibration": [make_photo(i) for i in range(20, 36)]},
+        "int4": {"quantize": "int4"},
+    }
+    for name, settings in ways.items():
         if not (folder / name / "artifact.json").exists():
             export(
                 checkpoint,
                 folder / name,
-                quantize=quantize,
+                **settings,
                 images=[make_photo(seed) for seed in range(9, 13)],
                 measure=False,
                 force=True,  # random weights: every word is a near tie
@@ -98,8 +104,15 @@ def speed(folder: Path, repeats: int) -> list[dict[str, Any]]:
         "onnx-fp32": Captioner.load(folder / "fp32"),
         "onnx-int8": Captioner.load(folder / "int8"),
         "onnx-int4": Captioner.load(folder / "int4"),
+        "onnx-int8-fixed": Captioner.load(folder / "int8-fixed"),
         "openvino-int8": Captioner.load(folder / "int8", runtime="openvino"),
+        "openvino-int8-fixed": Captioner.load(folder / "int8-fixed", runtime="openvino"),
     }
+    if {"avx512_bf16", "amx_bf16"} & set(instructions()):
+        ours |= {
+            "torch-bf16": Captioner.load(checkpoint, runtime="torch", dtype="bfloat16"),
+            "openvino-bf16": Captioner.load(folder / "fp32", runtime="openvino"),
+        }
     results = []
     for task, values in TASKS.items():
         photos = [make_photo(seed) for seed in range(values["photos"])]
@@ -167,6 +180,7 @@ def processes(folder: Path) -> list[dict[str, Any]]:
         "torch-fp32": cli(photo, "-m", str(folder / "checkpoint"), "--runtime", "torch", *ours),
         "onnx-fp32": cli(photo, "-m", str(folder / "fp32"), *ours),
         "onnx-int8": cli(photo, "-m", str(folder / "int8"), *ours),
+        "onnx-int8-fixed": cli(photo, "-m", str(folder / "int8-fixed"), *ours),
         "onnx-int4": cli(photo, "-m", str(folder / "int4"), *ours),
         "embedded default": cli(photo),
     }

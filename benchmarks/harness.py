@@ -88,7 +88,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
-        "instructions": _instructions(),
+        "instructions": instructions(),
         "python": platform.python_version(),
         **versions,
         "commit": _commit(),
@@ -118,7 +118,7 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _instructions() -> list[str]:
+def instructions() -> list[str]:
     """Return those of the processor's extensions that decide how fast 8 and 16 bits are."""
     wanted = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16")
     try:

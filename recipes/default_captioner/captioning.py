@@ -125,9 +125,9 @@ def rollout(
     `chance` lives on the device of the model.
     """
     cache = cache.repeat_interleave(each, dim=2)
-    rows = cache.shape[2]
-    new = torch.full((rows, 1), START, device=cache.device)
-    alive, words = torch.ones(rows, dtype=torch.bool, device=cache.device), []
+    rows: list[list[int]] = [[] for _ in range(cache.shape[2])]
+    alive = torch.arange(len(rows), device=cache.device)  # which row each line of the cache writes
+    new = torch.full((len(rows), 1), START, device=cache.device)
     for _ in range(MAX_LENGTH):
         hidden, cache, _ = model.decoder(new, cache)
         logits = model.decoder.logits(hidden[:, -1]).float()
@@ -136,14 +136,18 @@ def rollout(
         else:
             noise = torch.rand(logits.shape, generator=chance, device=logits.device)
             chosen = (logits - (-noise.clamp(1e-9, 1 - 1e-7).log()).log()).argmax(-1)
-        chosen = torch.where(alive, chosen, START)
-        words.append(chosen)
-        alive &= chosen != START
-        if not alive.any():
+        # A finished row writes on until a third of them are: taking it out copies the cache.
+        for row, word in zip(alive.tolist(), chosen.tolist(), strict=True):
+            rows[row].append(word)
+        going = torch.tensor(
+            [START not in rows[row] for row in alive.tolist()], device=chosen.device
+        )
+        if not going.any():
             break
         new = chosen[:, None]
-    table = torch.stack(words, 1).tolist()
-    return [row[: row.index(START)] if START in row else row for row in table]
+        if going.float().mean() < 2 / 3:
+            alive, new, cache = alive[going], new[going], cache[:, :, going]
+    return [row[: row.index(START)] if START in row else row for row in rows]
 
 
 @torch.no_grad()
@@ -171,3 +175,14 @@ def validate(
         "val_bleu_4": round(scores.bleu_4, 4),
         "different": len(set(texts)),
     }, texts
+
+
+@torch.no_grad()
+def temper(model: VisionEncoderDecoder, temperature: float) -> None:
+    """Divide the logits by `temperature`, in the weights (Guo et al. 2017).
+
+    Self-critical training leaves a decoder far too sure of its words. The likeliest words stay, the
+    probabilities fall to what fits people's captions of the validation photos best.
+    """
+    for parameter in model.decoder.ln_f.parameters():
+        parameter /= temperature

@@ -45,16 +45,31 @@ def photographs(data: Path, domain: str, split: str) -> Captioned:
 
     Training pictures that show what a held-out one shows are left out.
     """
-    pictures, captions = [], []
+    rows = _rows(data, domain, split)
+    return Captioned(
+        np.stack([_read(path) for path, _ in rows]), [captions for _, captions in rows]
+    )
+
+
+def captions(data: Path) -> dict[str, list[list[str]]]:
+    """Read the sentences of the training pictures of each domain, alone."""
+    return {
+        domain: [captions for _, captions in _rows(data, domain, "train")] for domain in FOLDERS
+    }
+
+
+def _rows(data: Path, domain: str, split: str) -> list[tuple[Path, list[str]]]:
+    found = []
     for folder in (data / name for name in FOLDERS[domain]):
         without = left_out(folder.name)
         with (folder / "captions.jsonl").open(encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
-        for row in rows:
-            if row["split"] == split and row["file"] not in without:
-                pictures.append(_read(folder / row["file"]))
-                captions.append(row["captions"])
-    return Captioned(np.stack(pictures), captions)
+        found += [
+            (folder / row["file"], row["captions"])
+            for row in rows
+            if row["split"] == split and row["file"] not in without
+        ]
+    return found
 
 
 def scene_parts(count: int, seed: int) -> Iterator[Captioned]:

@@ -109,11 +109,13 @@ class Gpt2(nn.Module):
         hidden = self.drop(hidden + self.wpe(positions))
         mask = None if new == 1 else causal_mask(new, past + new, hidden.device)
         present, weights = [], []
+        # Unbound: the gradient of a slice would be as large as the whole cache, layer for layer.
+        pasts = [None] * len(self.h) if past_key_values is None else past_key_values.unbind()
         for layer, block in enumerate(self.h):
             hidden, key_values, seen = block(
                 hidden,
                 mask,
-                None if past_key_values is None else past_key_values[layer],
+                pasts[layer],
                 None if cross_key_values is None else cross_key_values[layer],
                 need_weights,
             )
@@ -193,8 +195,7 @@ class SelfAttention(nn.Module):
             present = torch.cat([past.to(present.dtype), present], dim=3)
         mixed, weights = attention(
             query,
-            present[0],
-            present[1],
+            *present.unbind(),
             scale=self.scale,
             mask=mask,
             dropout=self.dropout if self.training else 0.0,
