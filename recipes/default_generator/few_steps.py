@@ -249,6 +249,7 @@ def write(updates: Updates, tensors: dict[str, Tensor], path: Path) -> None:
             for index, name in enumerate(updates.paths)
         },
         path,
+        dtype=torch.float16,
     )
 
 

@@ -21,6 +21,8 @@ __all__ = [
     "NETWORKS",
     "SHARED_WEIGHTS",
     "copy_tokenizer",
+    "file_entry",
+    "network_entry",
     "network_path",
     "network_size",
     "staged",
@@ -57,8 +59,7 @@ def write_artifact(
     """Write `artifact.json` for the networks that are in `folder`; `document` is the rest."""
     files = {}
     for network in networks:
-        weights = data_path(network_path(folder, SHARED_WEIGHTS.get(network, network)))
-        files[network] = {**_entry(network_path(folder, network)), "data": _entry(weights)}
+        files[network] = network_entry(folder, network, SHARED_WEIGHTS.get(network, network))
     write_json(
         folder / "artifact.json",
         {
@@ -126,6 +127,13 @@ def staged(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _entry(path: Path) -> dict[str, str]:
+def network_entry(folder: Path, network: str, weights_of: str) -> dict[str, Any]:
+    """Return what `artifact.json` says of a network, whose weights may be another's."""
+    weights = data_path(network_path(folder, weights_of))
+    return {**file_entry(network_path(folder, network)), "data": file_entry(weights)}
+
+
+def file_entry(path: Path) -> dict[str, str]:
+    """Return the name of a file, and what it is to be held against."""
     with path.open("rb") as file:
         return {"file": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

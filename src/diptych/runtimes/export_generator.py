@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,8 @@ from torch import nn
 from diptych.errors import BadInput, QualityLoss
 from diptych.runtimes.artifact import (
     SHARED_WEIGHTS,
+    file_entry,
+    network_entry,
     network_path,
     network_size,
     staged,
@@ -46,9 +50,10 @@ from diptych.runtimes.picture_agreement import (
     sketch_for,
 )
 from diptych.runtimes.storage import check_precision, shrink
+from diptych.runtimes.updates import updated
 from diptych.weights.diffusion import GeneratorFolder, copy_tokenizer
 
-__all__ = ["export_generator", "write_networks"]
+__all__ = ["add_variant", "export_generator", "write_networks"]
 
 logger = logging.getLogger("diptych")
 
@@ -127,6 +132,43 @@ def write_networks(
         graph = write(_config(modules[name]), _weights(modules[name]))
         files[graph.name] = _write(graph, folder, precision)
     return files
+
+
+def add_variant(
+    unet: nn.Module, folder: Path, kind: str, lora: Path, defaults: Mapping[str, Any]
+) -> None:
+    """Let the artifact in `folder`, whose UNet is `unet`, have a variant with the LoRA in a file.
+
+    Its network takes the weights of the artifact's own, so that it costs the bytes of the LoRA.
+    """
+    from diptych.models.lora import layers
+    from diptych.weights.adapters import read_lora
+
+    document = json.loads((folder / "artifact.json").read_text("utf-8"))
+    paths = {id(layer): path for path, layer in layers(unet).items()}
+    updates = {
+        paths[id(layer)]: (
+            update.down.detach().flatten(1).numpy(),
+            (update.up.detach().flatten(1) * update.scale).numpy(),
+        )
+        for layer, update, _ in read_lora({"unet": unet}, lora)
+    }
+    name = f"unet_{kind}"
+    with _for_export({"unet": unet}) as plain:
+        graph = shrink(
+            unet_graph(_config(plain["unet"]), _weights(plain["unet"])), document["precision"]
+        )
+    updated(graph, name, updates).write(network_path(folder, name), network_path(folder, "unet"))
+    kept = folder / f"{kind}.safetensors"
+    if lora.resolve() != kept.resolve():
+        shutil.copyfile(lora, kept)
+    own = {
+        "networks": {"unet": network_entry(folder, name, "unet")},
+        "lora": file_entry(kept),
+        "defaults": dict(defaults),
+    }
+    variants = {**document.get("variants", {}), kind: own}
+    write_json(folder / "artifact.json", {**document, "variants": variants})
 
 
 def _write(graph: Graph, folder: Path, precision: str) -> Path:

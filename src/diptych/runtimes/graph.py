@@ -119,7 +119,8 @@ class Graph:
     def write(self, path: Path, weights_of: Path | None = None) -> None:
         """Write the network to `path`, and its weights beside it.
 
-        With `weights_of` it takes those that another network's file has under their names.
+        With `weights_of` it takes those that another network's file has under their names, and
+        keeps the others in its own.
         """
         from onnx import helper
 
@@ -175,14 +176,20 @@ def write_network(model: onnx.ModelProto, weights: Weights, path: Path) -> None:
 
 
 def _share_weights(model: onnx.ModelProto, weights: Weights, path: Path) -> None:
-    """Let `model` take its weights from where the network at `path` has them."""
+    """Let `model` take its weights from where the network at `path` has them, if it has."""
     import onnx
+    from onnx import numpy_helper
 
     stored = {
         tensor.name: tensor
         for tensor in onnx.load(path, load_external_data=False).graph.initializer
     }
     for name, array in weights.items():
+        if name not in stored:
+            model.graph.initializer.append(
+                numpy_helper.from_array(np.ascontiguousarray(array), name)
+            )
+            continue
         assert tuple(stored[name].dims) == array.shape, f"{path} has no {name} of this shape"
         model.graph.initializer.append(stored[name])
 

@@ -29,7 +29,9 @@ __all__ = [
     "LoraHandle",
     "add_embedding",
     "apply_lora",
+    "merge_lora",
     "read_embedding",
+    "read_lora",
 ]
 
 _LORA_FILES = (
@@ -88,6 +90,25 @@ def apply_lora(
 
     scale = _checked_scale(scale)
     path = _file(path, _LORA_FILES, "LoRA")
+    made = read_lora(modules, path, scale)
+    for layer, update, _ in made:
+        lora.attach(layer, update, fused=fused)
+    return LoraHandle(path, scale, fused, made)
+
+
+def merge_lora(modules: Mapping[str, nn.Module], path: Path) -> None:
+    """Add the LoRA in the file `path` to the weights of `modules`, for good; see `apply_lora`."""
+    for layer, update, _ in read_lora(modules, path):
+        whole = layer.weight.data.float() + update.to(layer.weight.device).delta()
+        layer.weight.data = whole.to(layer.weight.dtype)
+
+
+def read_lora(
+    modules: Mapping[str, nn.Module], path: Path, scale: float = 1.0
+) -> list[tuple[Layer, LowRank, float]]:
+    """Read a file of LoRA; return each layer with its update, and alpha / rank."""
+    from diptych.models import lora
+
     stored = read_checkpoint([path])
     layers = {name: lora.layers(modules[name]) for name in _NETWORKS if name in modules}
     config = getattr(modules.get("unet"), "config", None)
@@ -102,9 +123,7 @@ def apply_lora(
         made.append(
             (layer, lora.LowRank(down, up, scale * strength).requires_grad_(False), strength)
         )
-    for layer, update, _ in made:
-        lora.attach(layer, update, fused=fused)
-    return LoraHandle(path, scale, fused, made)
+    return made
 
 
 def _checked_scale(scale: float) -> float:

@@ -25,6 +25,7 @@ __all__ = [
     "EMBEDDED_GENERATOR",
     "KNOWN",
     "PICTURES",
+    "TURBO",
     "KnownModel",
     "ModelInfo",
     "available_models",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 DEFAULT = "default"
+TURBO = "default-turbo"  # the default generator's variant for few steps
 EMBEDDED = Path(__file__).resolve().parent / "embedded" / "captioner"
 EMBEDDED_GENERATOR = EMBEDDED.with_name("generator")
 
@@ -199,7 +201,8 @@ def known_model(name: str, task: str | None = None) -> KnownModel | None:
 def names(task: str | None = None) -> list[str]:
     """Return every name that means a known model."""
     known = [m for m in KNOWN if task in (None, m.task)]
-    return [DEFAULT, *(name for m in known for name in (m.id, *m.aliases))]
+    turbo = [TURBO] if task != CAPTIONS and _turbo_files() else []
+    return [DEFAULT, *turbo, *(name for m in known for name in (m.id, *m.aliases))]
 
 
 def embedded_folder(task: str) -> Path:
@@ -255,6 +258,23 @@ def _embedded(tasks: tuple[str, ...]) -> Iterator[ModelInfo]:
                 revision=None,
                 path=folder,
             )
+    if PICTURES in tasks and (files := _turbo_files()):
+        yield ModelInfo(
+            name=TURBO,
+            state="embedded",
+            size=sum(path.stat().st_size for path in files),
+            licence=_LICENCES[PICTURES],
+            source=_RECIPES[PICTURES],
+            task=PICTURES,
+            revision=None,
+            path=EMBEDDED_GENERATOR,
+        )
+
+
+def _turbo_files() -> list[Path]:
+    """Return what the variant for few steps has beside the files of the default generator."""
+    files = [EMBEDDED_GENERATOR / name for name in ("turbo.safetensors", "unet_turbo.onnx")]
+    return files if all(path.is_file() for path in files) else []
 
 
 def _cached(tasks: tuple[str, ...]) -> Iterator[ModelInfo]:

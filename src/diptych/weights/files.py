@@ -36,6 +36,7 @@ __all__ = [
     "read_document",
     "read_tensors",
     "shards_of",
+    "stated_file",
     "tokenizer_of",
     "verify",
 ]
@@ -106,18 +107,20 @@ def verify(model: Artifact) -> None:
     """
     if not model.networks:
         return
-    stated = object_in(read_document(model.path, "artifact.json"), "networks")
-    for network in model.networks:
-        for entry in _entries(stated[network]):
-            path = model.path / entry["file"]
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if not hmac.compare_digest(found, entry["sha256"]):
-                raise WeightsMismatch(
-                    f"{model.name}: {path.name} is not the file that artifact.json describes: its "
-                    f"sha256 is {found[:12]}…, not {entry['sha256'][:12]}…: "
-                    "export or fetch the model anew."
-                )
+    document = read_document(model.path, "artifact.json")
+    stated = [*object_in(document, "networks").values()]
+    for variant in document.get("variants", {}).values():
+        stated += [*variant["networks"].values(), variant["lora"]]
+    for entry in (each for network in stated for each in _entries(network)):
+        path = model.path / entry["file"]
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if not hmac.compare_digest(found, entry["sha256"]):
+            raise WeightsMismatch(
+                f"{model.name}: {path.name} is not the file that artifact.json describes: its "
+                f"sha256 is {found[:12]}…, not {entry['sha256'][:12]}…: "
+                "export or fetch the model anew."
+            )
 
 
 def read_checkpoint(paths: Sequence[Path]) -> dict[str, StoredTensor]:
@@ -229,7 +232,7 @@ def networks_of(
         raise UnsupportedModel(f"artifact.json does not name {' and '.join(sorted(wanted))}")
     found = {}
     for network, entry in sorted(entries.items()):
-        paths = [_stated_file(folder, network, each) for each in _entries(entry)]
+        paths = [stated_file(folder, network, each) for each in _entries(entry)]
         found[network] = paths[0]
     return found
 
@@ -240,7 +243,7 @@ def _entries(entry: Any) -> list[Any]:
     return [entry] if data is None else [entry, data]
 
 
-def _stated_file(folder: Path, network: str, entry: Any) -> Path:
+def stated_file(folder: Path, network: str, entry: Any) -> Path:
     """Return a file of a network, there and with a hash to hold it against."""
     file = entry.get("file") if isinstance(entry, dict) else None
     digest = entry.get("sha256") if isinstance(entry, dict) else None

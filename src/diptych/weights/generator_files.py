@@ -6,6 +6,7 @@ file or its folder is called.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,11 +23,19 @@ from diptych.weights.files import (
     precision_of,
     read_document,
     shards_of,
+    stated_file,
 )
 from diptych.weights.single_file import read_single_file, sniff
 from diptych.weights.tokenizer_files import TokenizerFiles, find_tokenizer
 
-__all__ = ["FAMILIES", "GeneratorFolder", "TokenizerFiles", "describe_generator", "weight_names"]
+__all__ = [
+    "FAMILIES",
+    "GeneratorFolder",
+    "GeneratorVariant",
+    "TokenizerFiles",
+    "describe_generator",
+    "weight_names",
+]
 
 FAMILIES = ("sd1", "sd2", "sdxl", "diptych")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -46,6 +55,15 @@ _CHECKS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
 
 
 @dataclass(frozen=True, slots=True)
+class GeneratorVariant:
+    """Describe a generator that differs from the one in whose folder it is by a LoRA."""
+
+    networks: Mapping[str, Path]  # its own ONNX files, the LoRA in them
+    lora: Path
+    defaults: Mapping[str, Any]  # what it prefers
+
+
+@dataclass(frozen=True, slots=True)
 class GeneratorFolder:
     """Describe a generator on disk: everything but the tensors, checked and in our words."""
 
@@ -62,6 +80,24 @@ class GeneratorFolder:
     precision: str | None  # of the artifact: "fp32", "fp16", "int8"
     defaults: Mapping[str, Any] = field(default_factory=dict)  # what the model prefers
     force_zeros_for_empty_prompt: bool = False  # zeros stand for a negative prompt left out
+    lora: Path | None = None  # added to the weights as they are loaded
+    variants: Mapping[str, GeneratorVariant] = field(default_factory=dict)
+
+    def variant(self, kind: str, name: str) -> GeneratorFolder:
+        """Return the variant of a `kind`, under a name of its own; `UnknownModel` for none."""
+        if kind not in self.variants:
+            raise UnknownModel(f"{self.name} has no variant {kind!r}.")
+        found = self.variants[kind]
+        # A network that shares the weights of one that is replaced would not fit it.
+        kept = {key: path for key, path in self.networks.items() if key != "unet_shallow"}
+        return dataclasses.replace(
+            self,
+            name=name,
+            networks={**kept, **found.networks} if self.networks else {},
+            defaults={**self.defaults, **found.defaults},
+            lora=found.lora,
+            variants={},
+        )
 
 
 def describe_generator(
@@ -347,6 +383,21 @@ def _describe_artifact(
         precision=precision_of(document.get("precision")),
         defaults={**_defaults(configs), **_stated_defaults(document)},
         force_zeros_for_empty_prompt=document.get("force_zeros_for_empty_prompt") is True,
+        variants={kind: _variant(folder, entry) for kind, entry in _variants(document).items()},
+    )
+
+
+def _variants(document: Mapping[str, Any]) -> dict[str, Any]:
+    return object_in(document, "variants") if "variants" in document else {}
+
+
+def _variant(folder: Path, entry: Any) -> GeneratorVariant:
+    if not isinstance(entry, dict):
+        raise UnsupportedModel("artifact.json describes a variant by no object")
+    return GeneratorVariant(
+        networks=networks_of(folder, object_in(entry, "networks"), frozenset({"unet"})),
+        lora=stated_file(folder, "LoRA", entry.get("lora")),
+        defaults=_stated_defaults(entry),
     )
 
 

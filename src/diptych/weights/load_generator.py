@@ -13,6 +13,7 @@ from diptych.errors import WeightsMismatch
 from diptych.models.clip_text import ClipText, ClipTextConfig
 from diptych.models.unet import UNet, UNetConfig
 from diptych.models.vae import Vae, VaeConfig
+from diptych.weights.adapters import merge_lora
 from diptych.weights.dialects.ldm_file import is_dropped
 from diptych.weights.files import contents, read_checkpoint
 from diptych.weights.generator_files import GeneratorFolder
@@ -54,6 +55,8 @@ def load_generator(
         modules[name] = build_module(name, model.configs[name])
         fill(modules[name], source, reader, check_finite=check_finite)
         modules[name].eval()
+    if model.lora is not None:
+        merge_lora(modules, model.lora)
     return modules
 
 

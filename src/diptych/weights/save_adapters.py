@@ -20,13 +20,18 @@ _KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lor
 
 
 def save_lora(
-    updates: Mapping[tuple[str, str], LowRank], path: str | Path, *, layout: str = "peft"
+    updates: Mapping[tuple[str, str], LowRank],
+    path: str | Path,
+    *,
+    layout: str = "peft",
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write `updates`, by network and path of the layer, as one .safetensors.
 
     `layout` "peft" is what diffusers writes (`unet.….lora_A.weight`), "kohya" what sd-scripts does
     (`lora_unet_….lora_down.weight` with its alpha). An alpha other than the rank is multiplied into
-    the second matrix, so that a reader who knows of none is right too.
+    the second matrix, so that a reader who knows of none is right too. `dtype` is how the numbers
+    are stored.
     """
     if layout not in LAYOUTS:
         raise BadInput(f"layout is {layout!r}: give {' or '.join(LAYOUTS)}")
@@ -45,7 +50,7 @@ def save_lora(
             f"{base}.lora_up.weight": up,
             f"{base}.alpha": torch.tensor(float(down.shape[0])),
         }
-    _write(Path(path), tensors)
+    _write(Path(path), {name: tensor.to(dtype) for name, tensor in tensors.items()})
 
 
 def save_embedding(vectors: Mapping[str, Tensor], token: str, path: str | Path) -> None:
