@@ -1,11 +1,12 @@
 """Stage 6: teach a LoRA to take several steps of the sampler in one, without guidance.
 
-    python recipes/default_generator/few_steps.py [config.toml]
+    python recipes/default_generator/few_steps.py [config.toml] [folder]
 
 The way from noise to picture is cut into as many pieces as steps are wanted. The teacher walks
 them in small steps with guidance; the pupil learns to arrive where the teacher did, in one step of
 DDIM a piece (progressive distillation: Salimans and Ho 2022; of guidance: Meng et al. 2023). Only
-sentences are needed, no pictures. Resumable; all chance follows from the seed and the step.
+sentences are needed, no pictures. Resumable; all chance follows from the seed and the step. The
+folder is one that `ship.py` wrote: its generator is the teacher, and gets the variant `turbo`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.nn.utils import parametrize
 
 from diptych.evaluation.scenes import paraphrase, sample_scene, sentence
 from diptych.models.lora import LowRank
+from diptych.runtimes.export_generator import add_variant
 from diptych.text import ClipTokenizer
 from diptych.text_to_image.samplers import NoiseSource, sample
 from diptych.text_to_image.schedules import NoiseSchedule, ScheduleConfig
@@ -38,14 +40,14 @@ from diptych.training.state import (
     read_average,
     save_state,
 )
-from diptych.weights.diffusion import resolve_generator
+from diptych.weights.diffusion import describe_generator
 from diptych.weights.load_generator import load_generator
 from diptych.weights.save_adapters import save_lora
 from pictures import captions
+from ship import EMBEDDED
 
 SAVE_EVERY_S = 240.0
 LOG_EVERY = 50
-CHANNELS, SIDE = 8, 16  # of the latents
 
 
 class Merged(nn.Module):
@@ -79,12 +81,12 @@ class Updates(nn.Module):
             self.each.append(update)
 
 
-def main(config: dict[str, Any]) -> None:
+def main(config: dict[str, Any], folder: Path) -> None:
     settings, output = config["few_steps"], Path(config["output"])
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config["seed"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = resolve_generator(settings["start"])
+    model = describe_generator(folder)
     networks = load_generator(model, device=device, dtype="float32")
     unet = networks["unet"].to(memory_format=torch.channels_last).requires_grad_(False)
     schedule = NoiseSchedule(ScheduleConfig(**model.schedule))
@@ -135,7 +137,9 @@ def main(config: dict[str, Any]) -> None:
             save_state(state, updates, average, optimizer, {"step": step, "spent": pace.spent})
             saved = time.time()
     save_state(state, updates, average, optimizer, {"step": step, "spent": pace.spent})
-    write(updates, read_average(state), output / "few_steps.safetensors")
+    write(updates, read_average(state), output / "turbo.safetensors")
+    plain = load_generator(model, dtype="float32")["unet"]
+    add_variant(plain, folder, "turbo", output / "turbo.safetensors", settings["defaults"])
 
 
 def rounded(values: list[float]) -> list[float]:
@@ -227,7 +231,8 @@ def walk(
         speed = free + settings["guidance_scale"] * (guided - free)
         return signal * (signal * latents - sigma * speed)
 
-    noise = torch.from_numpy(rng.standard_normal((len(ids), CHANNELS, SIDE, SIDE), np.float32))
+    size = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    noise = torch.from_numpy(rng.standard_normal((len(ids), *size), np.float32))
     start = noise.to(device)
     kept = [start]
     kept += [
@@ -254,5 +259,8 @@ def write(updates: Updates, tensors: dict[str, Tensor], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    where = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("gpu.toml")
-    main(tomllib.loads(Path(where).read_text()))
+    where = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("config.toml")
+    main(
+        tomllib.loads(Path(where).read_text()),
+        Path(sys.argv[2]) if len(sys.argv) > 2 else EMBEDDED,
+    )

@@ -63,6 +63,14 @@ GENERATOR = {
         "norm_num_groups": 4,
     },
     "train": {"steps": 140, "batch_size": 4, "warmup_steps": 5, "scenes": 40},
+    "few_steps": {
+        "walks": 32,
+        "walks_batch_size": 8,
+        "steps": 110,
+        "batch_size": 8,
+        "teacher_steps": 8,
+        "rank": 2,
+    },
 }
 # The painter saves every four minutes, and is not watched for so long here.
 SAVING = """
@@ -227,20 +235,30 @@ def test_generator_from_pictures_to_shipped_files_with_kills(data, tmp_path):
     once = config(recipe, GENERATOR, data, whole)
     for stage in ("train_vae", "tokenizer", "words", "train"):
         runs.finish([sys.executable, f"recipes/{recipe}/{stage}.py", str(once)])
+    for stage in ("ship", "few_steps"):
+        shipped = str(whole / "shipped")
+        runs.finish([sys.executable, f"recipes/{recipe}/{stage}.py", str(once), shipped])
 
     path = config(recipe, GENERATOR, data, killed)
     command = runs.make("default-generator", path)
     runs.kill(command, killed / "vae.jsonl", 2)
     runs.kill(command, killed / "train.jsonl", 1)  # nothing saved yet: it begins again
     runs.kill([sys.executable, "-c", SAVING, str(path)], killed / "train.jsonl", 2)
+    runs.kill(command, killed / "few.jsonl", 1)
     runs.finish(command)
     runs.finish([sys.executable, f"recipes/{recipe}/train_vae.py", str(path)])  # nothing is left
-    for name in ("vae", "words", "latents", "train"):
+    for name in ("vae", "words", "latents", "train", "few", "shipped/turbo"):
         equal(whole / f"{name}.safetensors", killed / f"{name}.safetensors")
 
     from diptych import ImageGenerator
+    from diptych.weights.diffusion import describe_generator
 
     for runtime in ("onnxruntime", "torch"):
         generator = ImageGenerator.load(killed / "shipped", runtime=runtime)
         made = generator.generate("a red circle", seed=1, num_inference_steps=2)
         assert made.image.size == (128, 128)
+    assert describe_generator(killed / "shipped").variants["turbo"].defaults == {
+        "num_inference_steps": 4,
+        "guidance_scale": 1.0,
+        "sampler": "ddim",
+    }
