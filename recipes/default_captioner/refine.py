@@ -62,24 +62,29 @@ class Jury:
     """Score captions by CIDEr-D, in one process a processor where there are many."""
 
     def __init__(self, captions: Sequence[Sequence[str]]) -> None:
-        judge = CiderD([[[*tokenize_words(c), END] for c in several] for several in captions])
-        Jury._judge = judge  # what the forked processes inherit
+        self._judge = CiderD([[[*tokenize_words(c), END] for c in several] for several in captions])
         count = min(8, os.cpu_count() or 1)
-        # Forked before anything touches a GPU.
-        self._pool = multiprocessing.get_context("fork").Pool(count) if count > 2 else None
-
-    _judge: CiderD
+        # Forked before anything touches a GPU; the judge is inherited, not sent.
+        context = multiprocessing.get_context("fork")
+        self._pool = context.Pool(count, _seat, (self._judge,)) if count > 2 else None
 
     def score(self, photos: Sequence[int], captions: Sequence[Sequence[str]]) -> Tensor:
         """Return [captions]: that of each caption against the references of its photo."""
         pairs = list(zip(photos, captions, strict=True))
         if self._pool is None:
-            return torch.tensor([_score(pair) for pair in pairs])
+            return torch.tensor([self._judge.score(*pair) for pair in pairs])
         return torch.tensor(self._pool.map(_score, pairs, chunksize=40))
 
 
+_seated: list[CiderD] = []  # the judge of a process of the pool
+
+
+def _seat(judge: CiderD) -> None:
+    _seated.append(judge)
+
+
 def _score(pair: tuple[int, Sequence[str]]) -> float:
-    return Jury._judge.score(*pair)
+    return _seated[-1].score(*pair)
 
 
 def advantages(reward: Tensor, each: int) -> Tensor:

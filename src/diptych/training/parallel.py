@@ -6,7 +6,10 @@ threads wait for one another at every operation, processes once a step.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -23,6 +26,7 @@ class Workers:
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         if self.count > 1:
+            _end_with_the_parent()
             dist.init_process_group("gloo" if not torch.cuda.is_available() else "nccl")
 
     @classmethod
@@ -82,3 +86,15 @@ class Workers:
     def close(self) -> None:
         if self.count > 1:
             dist.destroy_process_group()
+
+
+_SIGNAL_OF_PARENT = 1  # PR_SET_PDEATHSIG in Linux' prctl.h
+
+
+def _end_with_the_parent() -> None:
+    """Ask Linux to end this process when `torchrun` is killed, which has no time to do so.
+
+    It starts each process in a session of its own, so that killing the group leaves them at work.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SIGNAL_OF_PARENT, signal.SIGTERM, 0, 0, 0)
