@@ -175,14 +175,3 @@ def validate(
         "val_bleu_4": round(scores.bleu_4, 4),
         "different": len(set(texts)),
     }, texts
-
-
-@torch.no_grad()
-def temper(model: VisionEncoderDecoder, temperature: float) -> None:
-    """Divide the logits by `temperature`, in the weights (Guo et al. 2017).
-
-    Self-critical training leaves a decoder far too sure of its words. The likeliest words stay, the
-    probabilities fall to what fits people's captions of the validation photos best.
-    """
-    for parameter in model.decoder.ln_f.parameters():
-        parameter /= temperature

@@ -14,7 +14,6 @@ import os
 import sys
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,12 @@ from torch import Tensor, nn
 from captioning import (
     IGNORED,
     MAX_LENGTH,
-    caption_batch,
     image_cache,
     new_model,
     padded,
     read_split,
     rollout,
-    temper,
     validate,
-    word_logits,
     word_states,
 )
 from diptych.evaluation.caption_metrics import CiderD, tokenize_words
@@ -48,14 +44,9 @@ from diptych.training.state import (
     read_average,
     save_state,
 )
-from diptych.weights.hub import resolve
-from diptych.weights.load import load_captioner
 from pictures import views
-from things import blurred, things
 
 END = "<end>"
-COARSE = 0.1  # share of the photos that are made as coarse as the pictures of single things
-SMALLEST_VIEW = 0.7  # of the side of such a picture
 
 
 class Jury:
@@ -94,53 +85,6 @@ def advantages(reward: Tensor, each: int) -> Tensor:
     return (grouped - siblings).flatten()
 
 
-def beginning(config: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the weights to begin from: those of stage 3, or of a captioner named by `start`.
-
-    A shipped captioner was tempered (`ship.py`): what is drawn has to be as sure as it was.
-    """
-    options = config["refine"]
-    if "start" in options:
-        former = load_captioner(resolve(options["start"]), dtype="float32")
-        temper(former, 1 / options["start_temperature"])
-        return former.state_dict()
-    start = read_average(Path(config["output"]) / "best.safetensors")
-    return {k.removeprefix("model."): v for k, v in start.items() if k.startswith("model.")}
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """Teach the names of single things beside the reward (`things.py`)."""
-
-    pixels: Tensor
-    token_ids: list[list[list[int]]]
-    batch_size: int
-    size: int
-
-    @classmethod
-    def read(cls, config: dict[str, Any], tokenizer: Gpt2Tokenizer) -> Lesson:
-        shown = things(Path(config["data"]) / "tiny_imagenet_64", "train")
-        known = {text: tokenizer.encode(text) for several in shown.captions for text in several}
-        token_ids = [[known[text] for text in several] for several in shown.captions]
-        options = config["refine"]
-        return cls(
-            shown.pixels, token_ids, options["things_batch_size"], config["encoder"]["image_size"]
-        )
-
-    def loss(self, model: nn.Module, chance: torch.Generator, device: str) -> Tensor:
-        """Return the mean loss of a word, on a batch drawn by `chance`."""
-        chosen = torch.randint(len(self.pixels), (self.batch_size,), generator=chance)
-        pixels = views(self.pixels[chosen].to(device), self.size, SMALLEST_VIEW, chance)
-        inputs, targets = caption_batch([self.token_ids[i] for i in chosen], 1, chance)
-        with torch.autocast(device, torch.bfloat16):
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-            cache = image_cache(model, model.encode(pixels))
-            logits = word_logits(model, cache, inputs.to(device)).float()
-        return F.cross_entropy(
-            logits.flatten(0, 1), targets.flatten().to(device), ignore_index=IGNORED
-        )
-
-
 def main(config: dict[str, Any]) -> None:
     options, output = config["refine"], Path(config["output"])
     tokenizer = Gpt2Tokenizer.load(output / "tokenizer.json")
@@ -153,7 +97,10 @@ def main(config: dict[str, Any]) -> None:
 
     # Without dropout: what is drawn and what is learnt from must be the same distribution.
     model = new_model(config).to(device)
-    model.load_state_dict(beginning(config))
+    start = read_average(output / "best.safetensors")
+    model.load_state_dict(
+        {k.removeprefix("model."): v for k, v in start.items() if k.startswith("model.")}
+    )
     model.encoder.to(memory_format=torch.channels_last)
     average = Average(model, options["ema_decay"])
     optimizer = torch.optim.AdamW(
@@ -162,7 +109,6 @@ def main(config: dict[str, Any]) -> None:
     log, state = Log(output / "refine.jsonl"), output / "refine.safetensors"
     scores, texts = validate(model, val, tokenizer, device)
     first, best, spent = 0, scores["val_cider"], 0.0
-    lesson = Lesson.read(config, tokenizer) if options.get("things") else None
     if state.exists():
         progress = load_state(state, model, average, optimizer)
         first, best, spent = progress["epoch"] + 1, progress["best"], progress.get("spent", 0.0)
@@ -183,8 +129,6 @@ def main(config: dict[str, Any]) -> None:
         for index in range(per_epoch):
             chosen = order[index * options["batch_size"] :][: options["batch_size"]]
             pixels = views(photos[chosen.to(device)], size, options["smallest_crop"], chance)
-            if lesson is not None:
-                pixels = blurred(pixels, COARSE, chance)
             pixels = pixels.contiguous(memory_format=torch.channels_last)
             # Statistics of the batches would drift with so few steps: keep those of stage 3.
             model.eval()
@@ -209,8 +153,6 @@ def main(config: dict[str, Any]) -> None:
             cost = F.cross_entropy(logits, targets.to(device)[kept], reduction="none")
             loss = (cost * gain[:, None].expand(kept.shape)[kept]).mean()
             loss.backward()
-            if lesson is not None:
-                (options["things"] * lesson.loss(model, chance, device)).backward()
             step = epoch * per_epoch + index
             rate = learning_rate(step, pace.total(step), options["warmup_steps"])
             for group in optimizer.param_groups:

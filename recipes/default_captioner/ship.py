@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from captioning import START, new_model, read_split, temper
+from captioning import START, new_model, read_split
+from diptych.models.vision_encoder_decoder import VisionEncoderDecoder
 from diptych.runtimes.export import export_captioner
 from diptych.text import Gpt2Tokenizer
 from diptych.training.state import read_average
@@ -94,6 +95,17 @@ def main(config: dict[str, Any], folder: Path) -> None:
         total += file.stat().st_size
         print(f"{file.name:32}{file.stat().st_size / 1e6:8.2f} MB")
     print(f"{'together':32}{total / 1e6:8.2f} MB")
+
+
+@torch.no_grad()
+def temper(model: VisionEncoderDecoder, temperature: float) -> None:
+    """Divide the logits by `temperature`, in the weights (Guo et al. 2017).
+
+    Self-critical training leaves a decoder far too sure of its words. The likeliest words stay, the
+    probabilities fall to what fits people's captions of the validation photos best.
+    """
+    for parameter in model.decoder.ln_f.parameters():
+        parameter /= temperature
 
 
 if __name__ == "__main__":
