@@ -103,6 +103,7 @@ def main(config: dict[str, Any], folder: Path) -> None:
     levels = schedule.steps("ddim", settings["pieces"])
     # DDIM leaves a trace of noise in the picture; the teacher does not.
     sigmas = torch.tensor([*levels.sigmas[:-1], 0.0], device=device)
+    weights = weights_of(sigmas)
     step, saved, told = first, time.time(), []
     while step < (total := pace.total(step)):
         for group in optimizer.param_groups:
@@ -123,7 +124,7 @@ def main(config: dict[str, Any], folder: Path) -> None:
         wanted = velocity(start, end, sigmas, piece)
         loss = (found.float() - wanted).square().mean((1, 2, 3))
         optimizer.zero_grad(set_to_none=True)
-        loss.mean().backward()
+        (loss * weights[piece]).mean().backward()
         torch.nn.utils.clip_grad_norm_(updates.parameters(), 1.0)
         optimizer.step()
         average.update(updates)
@@ -156,6 +157,18 @@ def velocity(start: Tensor, end: Tensor, sigmas: Tensor, piece: Tensor) -> Tenso
     ratio = target / sigma
     clean = (end / left - start / signal * ratio) / (1 - ratio)
     return (signal * start - clean) / (sigma * signal)
+
+
+def weights_of(sigmas: Tensor) -> Tensor:
+    """Return what an error of each piece's v weighs; 1 on average.
+
+    It is how far the error moves the latents at the end of the piece. The first piece, which hardly
+    moves them, is the hardest and would outweigh all others.
+    """
+    sigma, target = sigmas[:-1].float(), sigmas[1:].float()
+    moved = (1 - target / sigma) * sigma * (1 + sigma.square()).rsqrt()
+    moved *= (1 + target.square()).rsqrt()
+    return moved / moved.mean()
 
 
 # --- the teacher's walks --------------------------------------------------------------------------

@@ -106,9 +106,11 @@ def log_softmax(logits: Floats) -> Floats:
 
 def rank(scores: Floats, count: int) -> Ids:
     """Return the places of the `count` best of `scores` `M`, best first, lower place on a tie."""
-    width, places = 256, np.arange(scores.size)
+    width = 256
     blocks = scores.size // width
-    if blocks > count:
+    if blocks <= count:
+        places = np.arange(scores.size)
+    else:
         # At least `count` values reach the count-th best block maximum: look no further.
         maxima = scores[: blocks * width].reshape(blocks, width).max(axis=1)
         places = np.flatnonzero(scores >= np.partition(maxima, -count)[-count])
