@@ -15,6 +15,7 @@ from diptych import ImageGenerator
 from diptych.errors import UnknownModel, UnsupportedModel, WeightsMismatch
 from diptych.evaluation.image_metrics import psnr
 from diptych.models.lora import LowRank, layers
+from diptych.runtimes import conversion
 from diptych.runtimes.export_generator import add_variant, export_generator
 from diptych.runtimes.network import open_generator_networks
 from diptych.weights import catalog
@@ -123,6 +124,19 @@ def test_its_name_brings_its_own_settings(turbo: Path) -> None:
     assert known["default-turbo"].size < known["default"].size
     assert "default-turbo" in catalog.names("text-to-image")
     assert "default-turbo" not in catalog.names("image-to-text")
+
+
+def test_it_can_be_exported_by_its_name(turbo: Path, tmp_path: Path) -> None:
+    assert conversion.tasks_of("default-turbo") == ("text-to-image",)
+    exported = tmp_path / "exported"
+    report = conversion.export("default-turbo", exported, measure=False)
+    assert report["source"]["name"] == "default-turbo"
+    pictures = [
+        ImageGenerator.load(name, runtime=runtime).generate("a red circle", seed=3, **DEFAULTS)
+        for name, runtime in (("default-turbo", "torch"), (exported, "onnxruntime"))
+    ]
+    assert psnr(pictures[0].image, pictures[1].image) > 50
+    assert not describe_generator(exported).variants
 
 
 def test_a_changed_file_is_told(folder: Path, tmp_path: Path) -> None:

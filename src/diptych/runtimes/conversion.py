@@ -255,11 +255,12 @@ def _check_task(task: str | None) -> None:
 
 def _task_of(model: str | Path) -> str | None:
     """Tell what a model is for from its place or name; None for what has to be fetched first."""
+    own = {catalog.DEFAULT: catalog.CAPTIONS, catalog.TURBO: catalog.PICTURES}
+    if str(model) in own:
+        return own[str(model)]
     path = Path(model).expanduser()
-    if str(model) != catalog.DEFAULT and path.exists():
+    if path.exists():
         return _task_of_path(path)
-    if str(model) == catalog.DEFAULT:
-        return catalog.CAPTIONS
     known = catalog.known_model(str(model))
     return None if known is None else known.task
 
