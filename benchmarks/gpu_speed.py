@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diptych.image_to_text.captioner import decoder_step
+from diptych.image_to_text.decoder_steps import decoder_step
 from diptych.image_to_text.decoding import search
 from diptych.image_to_text.options import CaptionOptions
 from diptych.models.gpt2 import Gpt2Config

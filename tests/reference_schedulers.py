@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diptych.text_to_image.samplers import NoiseSource
+from diptych.text_to_image.noise import NoiseSource
 
 # Ours: the module and class in diffusers, and what has to be said to it.
 SCHEDULERS: dict[str, tuple[str, str, dict[str, Any]]] = {

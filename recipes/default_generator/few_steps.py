@@ -28,7 +28,8 @@ from diptych.evaluation.scenes import paraphrase, sample_scene, sentence
 from diptych.models.lora import LowRank
 from diptych.runtimes.export_generator import add_variant
 from diptych.text import ClipTokenizer
-from diptych.text_to_image.samplers import NoiseSource, sample
+from diptych.text_to_image.noise import NoiseSource
+from diptych.text_to_image.samplers import sample
 from diptych.text_to_image.schedules import NoiseSchedule, ScheduleConfig
 from diptych.training.lora import choose_layers
 from diptych.training.state import (

@@ -122,7 +122,7 @@ def test_a_batch_draws_what_single_pictures_are(
 
 def test_noise_is_that_of_the_gpu(device: str, note: Any) -> None:
     """What NumPy draws for every device is what torch draws on a GPU."""
-    from diptych.text_to_image.samplers import NoiseSource
+    from diptych.text_to_image.noise import NoiseSource
 
     if device == "cpu":
         pytest.skip("the CPU draws by another method")

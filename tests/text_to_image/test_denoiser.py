@@ -20,7 +20,8 @@ from diptych.text_to_image.denoiser import (
     build_denoiser,
     guidance_embedding,
 )
-from diptych.text_to_image.samplers import SAMPLERS, NoiseSource
+from diptych.text_to_image.noise import NoiseSource
+from diptych.text_to_image.samplers import SAMPLERS
 from diptych.text_to_image.schedules import SAMPLER_NAMES, NoiseSchedule, ScheduleConfig, Steps
 
 SHAPE = (2, 4, 6, 5)

@@ -53,7 +53,7 @@ def test_choices_are_those_that_run() -> None:
     assert set(SAMPLERS) == set(schedules.SAMPLER_NAMES) - {"ddim_inversion"}
     assert schedules.SCHEDULES == SCHEDULES
     assert set(SPACINGS) == set(schedules.SPACINGS)
-    from diptych.text_to_image.samplers import NoiseSource
+    from diptych.text_to_image.noise import NoiseSource
 
     for kind in NOISE_SOURCES:
         NoiseSource([0], kind)

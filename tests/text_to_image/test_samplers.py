@@ -21,7 +21,8 @@ from diffusers import DDIMScheduler  # noqa: F401
 
 from diptych.errors import BadInput
 from diptych.text_to_image.denoiser import build_denoiser
-from diptych.text_to_image.samplers import SAMPLERS, NoiseSource, sample
+from diptych.text_to_image.noise import NoiseSource
+from diptych.text_to_image.samplers import SAMPLERS, sample
 from diptych.text_to_image.schedules import (
     PREDICTION_TYPES,
     SAMPLER_NAMES,

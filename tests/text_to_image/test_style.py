@@ -138,8 +138,9 @@ def round_trip(generator: ImageGenerator, photo: Path, steps: int) -> float:
     from diptych.canvas import fit, to_pixel_values
     from diptych.images import open_image
     from diptych.text_to_image.denoiser import EpsDenoiser
+    from diptych.text_to_image.noise import NoiseSource
     from diptych.text_to_image.prompts import encode_prompts
-    from diptych.text_to_image.samplers import NoiseSource, ddim, ddim_inversion
+    from diptych.text_to_image.samplers import ddim, ddim_inversion
 
     latents = generator.encode(to_pixel_values(fit(open_image(photo), (128, 128), "crop"))[None])
     (pair,) = encode_prompts(generator.networks, generator.tokenizers, [""])

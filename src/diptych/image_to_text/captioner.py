@@ -14,17 +14,11 @@ from PIL import Image
 from diptych.errors import BadImage, BadInput
 from diptych.image_to_text import decoding
 from diptych.image_to_text.caption import WORD, Caption, Reading, View
+from diptych.image_to_text.decoder_steps import decoder_step
 from diptych.image_to_text.options import CaptionOptions, SearchOptions
 from diptych.images import Alpha, ImageInput, ImageLimits, Preprocessing, preprocess
 from diptych.runtimes.conversion import export_model
-from diptych.runtimes.network import (
-    BRIDGED,
-    ChoosingNetwork,
-    Network,
-    OpenNetworks,
-    gather_rows,
-    open_networks,
-)
+from diptych.runtimes.network import BRIDGED, OpenNetworks, open_networks
 from diptych.text import Gpt2Tokenizer
 from diptych.weights.files import ModelFolder
 from diptych.weights.hub import resolve
@@ -420,75 +414,6 @@ def caption(
     To caption more than once, load a `Captioner` and keep it.
     """
     return Captioner.load(model).caption(images, **options)
-
-
-def decoder_step(decoder: Network, bridge: str, bridged: Any) -> decoding.Step:
-    """Return the step of a search over the pictures that `bridged` is of; it serves one search."""
-    if isinstance(decoder, ChoosingNetwork):
-        return _ChoosingStep(decoder, bridge, bridged)
-    return _Step(decoder, bridge, bridged)
-
-
-class _Step:
-    """Run the decoder behind `decoding.Step`: hold the cache, gather it by parents."""
-
-    def __init__(self, decoder: Network, bridge: str, bridged: Any) -> None:
-        self.decoder, self.name, self.bridged = decoder, BRIDGED[bridge], bridged
-        self.past: Any = None
-        self.rows_per_image = 1
-        self.images = 0
-
-    def __call__(
-        self, token_ids: NDArray[np.int64], parents: NDArray[np.int64] | None
-    ) -> NDArray[np.float32]:
-        logits, present = self.decoder(**self._given(token_ids, parents))
-        self._keep(present)
-        scores: NDArray[np.float32] = logits
-        return scores
-
-    def _given(
-        self, token_ids: NDArray[np.int64], parents: NDArray[np.int64] | None
-    ) -> dict[str, Any]:
-        if parents is None:
-            self.images = len(token_ids)
-        else:
-            self._follow(parents)
-        return {
-            "input_ids": token_ids,
-            "past_key_values": self.past,
-            self.name: self.bridged,
-        }
-
-    def _keep(self, present: Any) -> None:
-        self.past = present
-        if self.name == "prefix_embeds":
-            self.bridged = None  # the picture is in the cache now
-
-    def _follow(self, parents: NDArray[np.int64]) -> None:
-        """Reorder the cache, and forget the pictures that are done."""
-        images = parents // self.rows_per_image
-        kept = images[np.flatnonzero(np.diff(images, prepend=-1))]
-        if self.bridged is not None and len(kept) < self.images:
-            self.bridged = gather_rows(self.bridged, kept)
-        rows = self.images * self.rows_per_image
-        self.images, self.rows_per_image = len(kept), len(parents) // len(kept)
-        if len(parents) != rows or (parents != np.arange(rows)).any():
-            self.past = gather_rows(self.past, parents)
-
-
-class _ChoosingStep(_Step):
-    """Run a decoder that tells the best words behind `decoding.ChoosingStep`."""
-
-    decoder: ChoosingNetwork
-
-    def best(
-        self, token_ids: NDArray[np.int64], parents: NDArray[np.int64] | None, count: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
-        best, logits, log_sums, present = self.decoder.best(
-            count, **self._given(token_ids, parents)
-        )
-        self._keep(present)
-        return best, logits, log_sums
 
 
 def _is_single(images: object) -> bool:

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from diptych.errors import DiptychError
 from diptych.runtimes.network import Array, OpenNetworks
 from diptych.text_to_image.denoiser import Denoise
+from diptych.text_to_image.noise import NoiseSource
 from diptych.text_to_image.orders import Order
-from diptych.text_to_image.samplers import NoiseSource, Step, sample
+from diptych.text_to_image.samplers import Step, sample
 from diptych.text_to_image.schedules import Steps
 
 __all__ = ["Batch", "Conditioning", "Row", "alike", "stacked"]

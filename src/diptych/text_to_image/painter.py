@@ -23,12 +23,12 @@ from diptych.text_to_image.denoiser import (
     guidance_embedding,
 )
 from diptych.text_to_image.generated_image import GeneratedImage
+from diptych.text_to_image.noise import NoiseSource
 from diptych.text_to_image.options import GenerateOptions, parse_interval
 from diptych.text_to_image.orders import Order, Source
 from diptych.text_to_image.previews import DenoisingStep
 from diptych.text_to_image.prompts import PromptPair, encode_prompts
 from diptych.text_to_image.reuse import FeatureReuse
-from diptych.text_to_image.samplers import NoiseSource
 from diptych.text_to_image.schedules import NoiseSchedule, Steps
 from diptych.text_to_image.style import Stylist
 from diptych.text_to_image.style_options import StyleOptions

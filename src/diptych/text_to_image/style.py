@@ -22,7 +22,8 @@ from diptych.runtimes.network import Array, OpenNetworks
 from diptych.text_to_image.autoencoder import Autoencoder
 from diptych.text_to_image.batch import Conditioning
 from diptych.text_to_image.denoiser import EpsDenoiser, concatenate
-from diptych.text_to_image.samplers import NoiseSource, Step, ddim, ddim_inversion
+from diptych.text_to_image.noise import NoiseSource
+from diptych.text_to_image.samplers import Step, ddim, ddim_inversion
 from diptych.text_to_image.schedules import NoiseSchedule, Steps
 from diptych.text_to_image.style_options import StyleOptions
 
