@@ -2,7 +2,7 @@
 
     python docs/generate_plots.py
 
-Reads `recipes/*/log/gpu/*.jsonl`, writes `docs/models/*-training.png`.
+Reads `recipes/*/log/*/*.jsonl`, writes `docs/models/*-training.png`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ def main() -> None:
     """Write both plots."""
     for name, panels in (
         ("default-captioner", captioner(logs("default_captioner"))),
-        ("default-generator", generator(logs("default_generator"))),
+        (
+            "default-generator",
+            generator(logs("default_generator"), logs("default_generator", "cpu")["few"]),
+        ),
     ):
         figure = Figure(figsize=(3.2 * len(panels), 2.6), layout="constrained")
         for axes, (title, unit, lines) in zip(figure.subplots(1, len(panels)), panels, strict=True):
@@ -35,9 +38,9 @@ def main() -> None:
         print(f"{path.relative_to(ROOT)} written")  # noqa: T201
 
 
-def logs(recipe: str) -> dict[str, Rows]:
+def logs(recipe: str, device: str = "gpu") -> dict[str, Rows]:
     """Return the rows of each stage's log."""
-    folder = ROOT / "recipes" / recipe / "log" / "gpu"
+    folder = ROOT / "recipes" / recipe / "log" / device
     return {
         path.stem: [json.loads(line) for line in path.read_text().splitlines()]
         for path in folder.glob("*.jsonl")
@@ -70,8 +73,8 @@ def captioner(stages: dict[str, Rows]) -> list[Any]:
     ]
 
 
-def generator(stages: dict[str, Rows]) -> list[Any]:
-    """Return the autoencoder's error and the painter's loss in four bands of noise."""
+def generator(stages: dict[str, Rows], few: Rows) -> list[Any]:
+    """Return the errors of autoencoder, painter (in four bands of noise) and four steps."""
     vae, train = stages["vae"], stages["train"]
     bands = [
         (
@@ -85,6 +88,7 @@ def generator(stages: dict[str, Rows]) -> list[Any]:
         ("autoencoder", "step", [line(vae, "step", "squared", "squared error")]),
         ("painter", "step", bands),
         ("painter, all", "step", [line(train, "step", "loss", "loss")]),
+        ("four steps", "step", [line(few, "step", "loss", "error of v")]),
     ]
 
 

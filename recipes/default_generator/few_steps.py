@@ -104,24 +104,20 @@ def main(config: dict[str, Any], folder: Path) -> None:
     levels = schedule.steps("ddim", settings["pieces"])
     # DDIM leaves a trace of noise in the picture; the teacher does not.
     sigmas = torch.tensor([*levels.sigmas[:-1], 0.0], device=device)
+    timesteps = torch.tensor(levels.timesteps, device=device).float()
     weights = weights_of(sigmas)
     step, saved, told = first, time.time(), []
     while step < (total := pace.total(step)):
         for group in optimizer.param_groups:
             group["lr"] = settings["learning_rate"] * learning_rate(step, total, 50)
-        rng = np.random.default_rng((config["seed"], 7, step))
-        size = settings["batch_size"]
-        rows = torch.from_numpy(rng.integers(len(walks["ids"]), size=size))
-        piece = torch.arange(settings["pieces"]).repeat_interleave(size // settings["pieces"])
-        start, end = (walks["latents"][rows, piece + k].float().to(device) for k in (0, 1))
+        start, end, ids, piece = (
+            part.to(device) for part in batch(walks, settings, (config["seed"], 7, step))
+        )
         with torch.no_grad():
-            words, _ = networks["text_encoder"](walks["ids"][rows].to(device))
+            words, _ = networks["text_encoder"](ids)
         with torch.autocast(device.type, torch.bfloat16):
-            found = unet(
-                start.contiguous(memory_format=torch.channels_last),
-                torch.tensor(levels.timesteps, device=device).float()[piece],
-                words,
-            )
+            start = start.contiguous(memory_format=torch.channels_last)
+            found = unet(start, timesteps[piece], words)
         wanted = velocity(start, end, sigmas, piece)
         loss = (found.float() - wanted).square().mean((1, 2, 3))
         optimizer.zero_grad(set_to_none=True)
@@ -132,8 +128,8 @@ def main(config: dict[str, Any], folder: Path) -> None:
         told.append(loss.detach().view(settings["pieces"], -1).mean(1))
         step += 1
         if step % LOG_EVERY == 0:
-            means = torch.stack(told).mean(0).tolist()
-            log.write(step=step, loss=round(sum(means) / len(means), 5), pieces=rounded(means))
+            pieces = [round(mean, 5) for mean in torch.stack(told).mean(0).tolist()]
+            log.write(step=step, loss=round(sum(pieces) / len(pieces), 5), pieces=pieces)
             told = []
         if time.time() - saved > SAVE_EVERY_S:
             save_state(state, updates, average, optimizer, {"step": step, "spent": pace.spent})
@@ -144,8 +140,15 @@ def main(config: dict[str, Any], folder: Path) -> None:
     add_variant(plain, folder, "turbo", output / "turbo.safetensors", settings["defaults"])
 
 
-def rounded(values: list[float]) -> list[float]:
-    return [round(value, 5) for value in values]
+def batch(
+    walks: dict[str, Tensor], settings: dict[str, Any], seed: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw pieces of walks, equally many of each: both ends, token ids, and which piece it is."""
+    size, pieces = settings["batch_size"], settings["pieces"]
+    rows = np.random.default_rng(seed).integers(len(walks["ids"]), size=size)
+    chosen, piece = torch.from_numpy(rows), torch.arange(pieces).repeat_interleave(size // pieces)
+    start, end = (walks["latents"][chosen, piece + k].float() for k in (0, 1))
+    return start, end, walks["ids"][chosen], piece
 
 
 def velocity(start: Tensor, end: Tensor, sigmas: Tensor, piece: Tensor) -> Tensor:
