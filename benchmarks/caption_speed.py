@@ -111,7 +111,7 @@ def speed(folder: Path, repeats: int) -> list[dict[str, Any]]:
     if {"avx512_bf16", "amx_bf16"} & set(instructions()):
         ours |= {
             "torch-bf16": Captioner.load(checkpoint, runtime="torch", dtype="bfloat16"),
-            "openvino-bf16": Captioner.load(folder / "fp32", runtime="openvino"),
+            "openvino-bf16": Captioner.load(folder / "fp32", runtime="openvino", dtype="bfloat16"),
         }
     results = []
     for task, values in TASKS.items():

@@ -38,16 +38,17 @@ def open_generator_files(
 
 
 def check_dtype(dtype: str) -> str:
-    """Return what to compute in: bfloat16 for auto where the processor has it, else float32.
+    """Return what to compute in: float32 for auto, so that no word depends on the processor.
 
-    Raises `BadInput` for bfloat16 where it has not, and for what OpenVINO does not offer here.
+    OpenVINO itself would take bfloat16 where the processor has it. Raises `BadInput` for bfloat16
+    where it has not, and for what OpenVINO does not offer here.
     """
-    has_bfloat16 = "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if dtype == "auto":
-        return "bfloat16" if has_bfloat16 else "float32"
+        return "float32"
     if dtype not in _HINTS:
         raise BadInput(f"dtype is {dtype!r}: in OpenVINO give auto, float32 or bfloat16")
-    if dtype == "bfloat16" and not has_bfloat16:
+    capabilities = _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if dtype == "bfloat16" and "BF16" not in capabilities:
         raise BadInput("dtype is 'bfloat16', which this processor does not compute in: give auto")
     return dtype
 
