@@ -59,14 +59,14 @@ def attention(
     scores = (query * scale) @ key.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    weights = scores.float().softmax(-1).to(query.dtype)
+    weights = scores.softmax(-1)  # in float32 within, whatever goes in and comes out
     mixed = F.dropout(weights, dropout) @ value if dropout else weights @ value
     return mixed, weights if need_weights else None
 
 
 # Keys up to which the way back through torch's fused kernel takes longer than through three plain
 # operations, on a processor: up to fifteen times in 16 bits (torch 2.13, benchmarks in lab-notes).
-_SHORT, _SHORT_IN_16_BITS = 160, 1024
+_SHORT, _SHORT_IN_16_BITS = 160, 512
 
 
 def _is_learnt_shortly(query: Tensor, key: Tensor) -> bool:
