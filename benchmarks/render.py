@@ -37,7 +37,7 @@ Xeon, `openvino-int8` and `openvino-int8-fixed` computed the rest in bfloat16, a
 OpenVINO when they were measured; now it computes in float32 there, unless bfloat16 is asked for.
 """,
     "generate_speed": """Across the types, on the Intel Xeon: a step of ours in bfloat16 takes
-0.24 of diffusers' in float32 (4.2 times as fast), decoding 0.19 (5.1 times); the picture is at 42 dB.
+0.24 of diffusers' in float32 (4.2 times as fast), decoding 0.19 (5.1 times); pictures are at 42 dB.
 """,
     "gpu_speed": """One run of minutes on one card, with weights of random numbers.
 
