@@ -6,7 +6,7 @@ The way from noise to picture is cut into as many pieces as steps are wanted. Th
 them in small steps with guidance; the pupil learns to arrive where the teacher did, in one step of
 DDIM a piece (progressive distillation: Salimans and Ho 2022; of guidance: Meng et al. 2023). Only
 sentences are needed, no pictures. Resumable; all chance follows from the seed and the step. The
-folder is one that `ship.py` wrote: its generator is the teacher, and gets the variant `turbo`.
+folder is one that `ship.py` wrote: its generator is the teacher, and gets the edition `turbo`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from torch.nn.utils import parametrize
 
 from diptych.evaluation.scenes import paraphrase, sample_scene, sentence
 from diptych.models.lora import LowRank
-from diptych.runtimes.export_generator import add_variant
+from diptych.runtimes.export_generator import add_edition
 from diptych.text import ClipTokenizer
 from diptych.text_to_image.noise import NoiseSource
 from diptych.text_to_image.samplers import sample
 from diptych.text_to_image.schedules import NoiseSchedule, ScheduleConfig
-from diptych.training.lora import choose_layers
+from diptych.training.lora import choose_layers, new_update
 from diptych.training.state import (
     Average,
     Log,
@@ -57,27 +57,24 @@ class Merged(nn.Module):
     Added to the weight, once a step, it costs nothing a row.
     """
 
-    def __init__(self, weight: Tensor, rank: int) -> None:
+    def __init__(self, update: LowRank) -> None:
         super().__init__()
-        out, into, *kernel = weight.shape
-        width = min(rank, out, into * math.prod(kernel))
-        self.down = nn.Parameter(torch.empty(width, into, *kernel))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
-        self.up = nn.Parameter(torch.zeros(out, width, *[1] * len(kernel)))
+        self.update = update
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + (self.up.flatten(1) @ self.down.flatten(1)).view_as(weight)
+        return weight + self.update.delta()
 
 
 class Updates(nn.Module):
     """Hold the updates of a UNet's layers, by their place among `paths`."""
 
-    def __init__(self, unet: nn.Module, words: str, rank: int) -> None:
+    def __init__(self, unet: nn.Module, words: str, rank: int, seed: int) -> None:
         super().__init__()
         self.paths, self.each = [], nn.ModuleList()
+        generator = torch.Generator().manual_seed(seed)
         for _, path, layer in choose_layers({"unet": unet}, words):
-            update = Merged(layer.weight, rank)
-            parametrize.register_parametrization(layer, "weight", update)
+            update = new_update(layer, rank, None, generator)
+            parametrize.register_parametrization(layer, "weight", Merged(update))
             self.paths.append(path)
             self.each.append(update)
 
@@ -85,7 +82,6 @@ class Updates(nn.Module):
 def main(config: dict[str, Any], folder: Path) -> None:
     settings, output = config["few_steps"], Path(config["output"])
     output.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(config["seed"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = describe_generator(folder)
     networks = load_generator(model, device=device, dtype="float32")
@@ -93,7 +89,7 @@ def main(config: dict[str, Any], folder: Path) -> None:
     schedule = NoiseSchedule(ScheduleConfig(**model.schedule))
     walks = walk_all(config, networks, model.tokenizers["tokenizer"].open(), schedule)
 
-    updates = Updates(unet, settings["layers"], settings["rank"]).to(device)
+    updates = Updates(unet, settings["layers"], settings["rank"], config["seed"]).to(device)
     average = Average(updates, settings["ema_decay"])
     optimizer = torch.optim.AdamW(updates.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
     state, log, first, spent = output / "few.safetensors", Log(output / "few.jsonl"), 0, 0.0
@@ -137,7 +133,7 @@ def main(config: dict[str, Any], folder: Path) -> None:
     save_state(state, updates, average, optimizer, {"step": step, "spent": pace.spent})
     write(updates, read_average(state), output / "turbo.safetensors")
     plain = load_generator(model, dtype="float32")["unet"]
-    add_variant(plain, folder, "turbo", output / "turbo.safetensors", settings["defaults"])
+    add_edition(plain, folder, "turbo", output / "turbo.safetensors", settings["defaults"])
 
 
 def batch(

@@ -257,7 +257,7 @@ def test_generator_from_pictures_to_shipped_files_with_kills(data, tmp_path):
         generator = ImageGenerator.load(killed / "shipped", runtime=runtime)
         made = generator.generate("a red circle", seed=1, num_inference_steps=2)
         assert made.image.size == (128, 128)
-    assert describe_generator(killed / "shipped").variants["turbo"].defaults == {
+    assert describe_generator(killed / "shipped").editions["turbo"].defaults == {
         "num_inference_steps": 4,
         "guidance_scale": 1.0,
         "sampler": "ddim",

@@ -59,7 +59,8 @@ def write_artifact(
     """Write `artifact.json` for the networks that are in `folder`; `document` is the rest."""
     files = {}
     for network in networks:
-        files[network] = network_entry(folder, network, SHARED_WEIGHTS.get(network, network))
+        weights_of = network_path(folder, SHARED_WEIGHTS.get(network, network))
+        files[network] = network_entry(network_path(folder, network), weights_of)
     write_json(
         folder / "artifact.json",
         {
@@ -127,10 +128,9 @@ def staged(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def network_entry(folder: Path, network: str, weights_of: str) -> dict[str, Any]:
-    """Return what `artifact.json` says of a network, whose weights may be another's."""
-    weights = data_path(network_path(folder, weights_of))
-    return {**file_entry(network_path(folder, network)), "data": file_entry(weights)}
+def network_entry(path: Path, weights_of: Path) -> dict[str, Any]:
+    """Return what `artifact.json` says of the network at `path`, whose weights may be another's."""
+    return {**file_entry(path), "data": file_entry(data_path(weights_of))}
 
 
 def file_entry(path: Path) -> dict[str, str]:

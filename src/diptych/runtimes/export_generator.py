@@ -53,7 +53,7 @@ from diptych.runtimes.storage import check_precision, shrink
 from diptych.runtimes.updates import updated
 from diptych.weights.diffusion import GeneratorFolder, copy_tokenizer
 
-__all__ = ["add_variant", "export_generator", "write_networks"]
+__all__ = ["add_edition", "export_generator", "write_networks"]
 
 logger = logging.getLogger("diptych")
 
@@ -134,10 +134,10 @@ def write_networks(
     return files
 
 
-def add_variant(
+def add_edition(
     unet: nn.Module, folder: Path, kind: str, lora: Path, defaults: Mapping[str, Any]
 ) -> None:
-    """Let the artifact in `folder`, whose UNet is `unet`, have a variant with the LoRA in a file.
+    """Let the artifact in `folder`, whose UNet is `unet`, have an edition with the LoRA in a file.
 
     Its network takes the weights of the artifact's own, so that it costs the bytes of the LoRA.
     """
@@ -147,28 +147,22 @@ def add_variant(
     document = json.loads((folder / "artifact.json").read_text("utf-8"))
     paths = {id(layer): path for path, layer in layers(unet).items()}
     updates = {
-        paths[id(layer)]: (
-            update.down.detach().flatten(1).numpy(),
-            (update.up.detach().flatten(1) * update.scale).numpy(),
-        )
-        for layer, update, _ in read_lora({"unet": unet}, lora)
+        paths[id(layer)]: (update.down.flatten(1).numpy(), (update.up.flatten(1) * alpha).numpy())
+        for layer, update, alpha in read_lora({"unet": unet}, lora)
     }
-    name = f"unet_{kind}"
-    with _for_export({"unet": unet}) as plain:
-        graph = shrink(
-            unet_graph(_config(plain["unet"]), _weights(plain["unet"])), document["precision"]
-        )
-    updated(graph, name, updates).write(network_path(folder, name), network_path(folder, "unet"))
-    kept = folder / f"{kind}.safetensors"
-    if lora.resolve() != kept.resolve():
-        shutil.copyfile(lora, kept)
-    own = {
-        "networks": {"unet": network_entry(folder, name, "unet")},
-        "lora": file_entry(kept),
-        "defaults": dict(defaults),
-    }
-    variants = {**document.get("variants", {}), kind: own}
-    write_json(folder / "artifact.json", {**document, "variants": variants})
+    name, weights_of = f"unet_{kind}", network_path(folder, "unet")
+    with _for_export({"unet": unet}) as plain, staged(folder) as staging:
+        whole = unet_graph(_config(plain["unet"]), _weights(plain["unet"]))
+        graph = updated(shrink(whole, document["precision"]), name, updates)
+        graph.write(network_path(staging, name), weights_of)
+        kept = Path(shutil.copyfile(lora, staging / f"{kind}.safetensors"))
+        edition = {
+            "networks": {"unet": network_entry(network_path(staging, name), weights_of)},
+            "lora": file_entry(kept),
+            "defaults": dict(defaults),
+        }
+        editions = {**document.get("editions", {}), kind: edition}
+        write_json(staging / "artifact.json", {**document, "editions": editions})
 
 
 def _write(graph: Graph, folder: Path, precision: str) -> Path:

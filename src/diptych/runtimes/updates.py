@@ -1,6 +1,6 @@
 """Let a network have the weights of another, with a low-rank update (LoRA) added to each.
 
-The sums are made when the network is opened: runtimes compute constants once. So a variant needs
+The sums are made when the network is opened: runtimes compute constants once. So an edition needs
 the bytes of its updates only.
 """
 

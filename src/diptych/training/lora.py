@@ -11,7 +11,7 @@ from torch import nn
 from diptych.errors import BadInput
 from diptych.models.lora import Layer, LowRank, attach, layers
 
-__all__ = ["DEFAULT_RANK", "add_updates", "choose_layers", "matrices"]
+__all__ = ["DEFAULT_RANK", "add_updates", "choose_layers", "matrices", "new_update"]
 
 DEFAULT_RANK = 8
 
@@ -70,17 +70,21 @@ def add_updates(
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for name, path, layer in chosen:
-        out, into, *kernel = layer.weight.shape
-        most = min(out, into * math.prod(kernel))
-        width = min(rank, most)
-        down = torch.empty(width, into, *kernel)
-        bound = 1 / math.sqrt(into * math.prod(kernel))
-        down.uniform_(-bound, bound, generator=generator)
-        up = torch.zeros(out, width, *[1] * len(kernel))
-        update = LowRank(down, up, 1.0 if alpha is None else alpha / width)
+        update = new_update(layer, rank, alpha, generator)
         attach(layer, update)
         made[name, path] = update.float()
     return made
+
+
+def new_update(layer: Layer, rank: int, alpha: float | None, generator: torch.Generator) -> LowRank:
+    """Return an update of `layer` that changes nothing yet, of a lower rank where it has to be."""
+    out, into, *kernel = layer.weight.shape
+    width = min(rank, out, into * math.prod(kernel))
+    down = torch.empty(width, into, *kernel)
+    bound = 1 / math.sqrt(into * math.prod(kernel))
+    down.uniform_(-bound, bound, generator=generator)
+    up = torch.zeros(out, width, *[1] * len(kernel))
+    return LowRank(down, up, 1.0 if alpha is None else alpha / width)
 
 
 def matrices(updates: Mapping[tuple[str, str], LowRank]) -> dict[str, nn.Parameter]:

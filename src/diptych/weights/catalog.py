@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from diptych.errors import DiptychError
 from diptych.weights.files import describe
-from diptych.weights.generator_files import describe_generator
+from diptych.weights.generator_files import GeneratorEdition, describe_generator
 
 __all__ = [
     "CAPTIONS",
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 DEFAULT = "default"
-TURBO = "default-turbo"  # the default generator's variant for few steps
+TURBO = "default-turbo"  # the default generator's edition for few steps
 EMBEDDED = Path(__file__).resolve().parent / "embedded" / "captioner"
 EMBEDDED_GENERATOR = EMBEDDED.with_name("generator")
 
@@ -201,7 +201,7 @@ def known_model(name: str, task: str | None = None) -> KnownModel | None:
 def names(task: str | None = None) -> list[str]:
     """Return every name that means a known model."""
     known = [m for m in KNOWN if task in (None, m.task)]
-    turbo = [TURBO] if task != CAPTIONS and _turbo_files() else []
+    turbo = [TURBO] if task != CAPTIONS and _turbo() else []
     return [DEFAULT, *turbo, *(name for m in known for name in (m.id, *m.aliases))]
 
 
@@ -258,11 +258,11 @@ def _embedded(tasks: tuple[str, ...]) -> Iterator[ModelInfo]:
                 revision=None,
                 path=folder,
             )
-    if PICTURES in tasks and (files := _turbo_files()):
+    if PICTURES in tasks and (turbo := _turbo()):
         yield ModelInfo(
             name=TURBO,
             state="embedded",
-            size=sum(path.stat().st_size for path in files),
+            size=sum(path.stat().st_size for path in (turbo.lora, *turbo.networks.values())),
             licence=_LICENCES[PICTURES],
             source=_RECIPES[PICTURES],
             task=PICTURES,
@@ -271,10 +271,12 @@ def _embedded(tasks: tuple[str, ...]) -> Iterator[ModelInfo]:
         )
 
 
-def _turbo_files() -> list[Path]:
-    """Return what the variant for few steps has beside the files of the default generator."""
-    files = [EMBEDDED_GENERATOR / name for name in ("turbo.safetensors", "unet_turbo.onnx")]
-    return files if all(path.is_file() for path in files) else []
+def _turbo() -> GeneratorEdition | None:
+    """Return what the default generator has beside its own files; None where it has nothing."""
+    try:
+        return describe_generator(EMBEDDED_GENERATOR).editions.get("turbo")
+    except (DiptychError, OSError):
+        return None
 
 
 def _cached(tasks: tuple[str, ...]) -> Iterator[ModelInfo]:

@@ -50,7 +50,7 @@ def resolve_generator(
 ) -> GeneratorFolder:
     """Return the generator that a name or path means, fetched if need be.
 
-    `default` is the embedded model and `default-turbo` its variant for few steps, then come
+    `default` is the embedded model and `default-turbo` its edition for few steps, then come
     folders and single files, aliases of the catalog, and ids of the hub (`owner/name`), of which
     the diffusers layout is fetched: `variant` "fp16" takes the smaller files where the repository
     has them. `revision` and errors are those of `hub.resolve`, `prediction_type` that of
@@ -63,7 +63,7 @@ def resolve_generator(
         "a folder, a single file",
     )
     if os.fspath(name_or_path) == catalog.TURBO:
-        return resolve_kind(kind, catalog.DEFAULT, revision).variant("turbo", catalog.TURBO)
+        return resolve_kind(kind, catalog.DEFAULT, revision).edition("turbo", catalog.TURBO)
     model = resolve_kind(kind, name_or_path, revision, progress=progress)
     known = catalog.known_model(os.fspath(name_or_path), catalog.PICTURES)
     if known is None or Path(name_or_path).exists():

@@ -28,6 +28,7 @@ __all__ = [
     "checkpoint_files",
     "contents",
     "describe",
+    "editions_in",
     "networks_of",
     "object_in",
     "precision_of",
@@ -108,11 +109,12 @@ def verify(model: Artifact) -> None:
     if not model.networks:
         return
     document = read_document(model.path, "artifact.json")
-    stated = [*object_in(document, "networks").values()]
-    for variant in document.get("variants", {}).values():
-        stated += [*variant["networks"].values(), variant["lora"]]
-    for entry in (each for network in stated for each in _entries(network)):
-        path = model.path / entry["file"]
+    stated = {**object_in(document, "networks")}
+    for kind, edition in editions_in(document).items():
+        own = {**object_in(edition, "networks"), "LoRA": edition.get("lora")}
+        stated |= {f"{network} of {kind}": entry for network, entry in own.items()}
+    for network, entry in ((name, each) for name in stated for each in _entries(stated[name])):
+        path = stated_file(model.path, network, entry)
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if not hmac.compare_digest(found, entry["sha256"]):
@@ -296,6 +298,12 @@ def object_in(document: Mapping[str, Any], word: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UnsupportedModel(f"artifact.json has no usable {word!r}")
     return value
+
+
+def editions_in(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what `artifact.json` says of each edition of the model; {} where it names none."""
+    editions = object_in(document, "editions") if "editions" in document else {}
+    return {kind: object_in(editions, kind) for kind in editions}
 
 
 def preprocessing_of(folder: Path, image_size: int) -> dict[str, Any]:

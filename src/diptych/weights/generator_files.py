@@ -18,6 +18,7 @@ from diptych.weights.dialects import clip_text, diffusers_unet, diffusers_vae, s
 from diptych.weights.files import (
     check_artifact,
     contents,
+    editions_in,
     networks_of,
     object_in,
     precision_of,
@@ -30,8 +31,8 @@ from diptych.weights.tokenizer_files import TokenizerFiles, find_tokenizer
 
 __all__ = [
     "FAMILIES",
+    "GeneratorEdition",
     "GeneratorFolder",
-    "GeneratorVariant",
     "TokenizerFiles",
     "describe_generator",
     "weight_names",
@@ -55,7 +56,7 @@ _CHECKS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class GeneratorVariant:
+class GeneratorEdition:
     """Describe a generator that differs from the one in whose folder it is by a LoRA."""
 
     networks: Mapping[str, Path]  # its own ONNX files, the LoRA in them
@@ -81,13 +82,13 @@ class GeneratorFolder:
     defaults: Mapping[str, Any] = field(default_factory=dict)  # what the model prefers
     force_zeros_for_empty_prompt: bool = False  # zeros stand for a negative prompt left out
     lora: Path | None = None  # added to the weights as they are loaded
-    variants: Mapping[str, GeneratorVariant] = field(default_factory=dict)
+    editions: Mapping[str, GeneratorEdition] = field(default_factory=dict)
 
-    def variant(self, kind: str, name: str) -> GeneratorFolder:
-        """Return the variant of a `kind`, under a name of its own; `UnknownModel` for none."""
-        if kind not in self.variants:
-            raise UnknownModel(f"{self.name} has no variant {kind!r}.")
-        found = self.variants[kind]
+    def edition(self, kind: str, name: str) -> GeneratorFolder:
+        """Return the edition of a `kind`, under a name of its own; `UnknownModel` for none."""
+        if kind not in self.editions:
+            raise UnknownModel(f"{self.name} has no edition {kind!r}.")
+        found = self.editions[kind]
         # A network that shares the weights of one that is replaced would not fit it.
         kept = {key: path for key, path in self.networks.items() if key != "unet_shallow"}
         return dataclasses.replace(
@@ -96,7 +97,7 @@ class GeneratorFolder:
             networks={**kept, **found.networks} if self.networks else {},
             defaults={**self.defaults, **found.defaults},
             lora=found.lora,
-            variants={},
+            editions={},
         )
 
 
@@ -383,18 +384,12 @@ def _describe_artifact(
         precision=precision_of(document.get("precision")),
         defaults={**_defaults(configs), **_stated_defaults(document)},
         force_zeros_for_empty_prompt=document.get("force_zeros_for_empty_prompt") is True,
-        variants={kind: _variant(folder, entry) for kind, entry in _variants(document).items()},
+        editions={kind: _edition(folder, each) for kind, each in editions_in(document).items()},
     )
 
 
-def _variants(document: Mapping[str, Any]) -> dict[str, Any]:
-    return object_in(document, "variants") if "variants" in document else {}
-
-
-def _variant(folder: Path, entry: Any) -> GeneratorVariant:
-    if not isinstance(entry, dict):
-        raise UnsupportedModel("artifact.json describes a variant by no object")
-    return GeneratorVariant(
+def _edition(folder: Path, entry: Mapping[str, Any]) -> GeneratorEdition:
+    return GeneratorEdition(
         networks=networks_of(folder, object_in(entry, "networks"), frozenset({"unet"})),
         lora=stated_file(folder, "LoRA", entry.get("lora")),
         defaults=_stated_defaults(entry),

@@ -1,4 +1,4 @@
-"""A variant of a generator: its LoRA in the weights of the other, in every runtime."""
+"""An edition of a generator: its LoRA in the weights of the other, in every runtime."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ from diptych.errors import UnknownModel, UnsupportedModel, WeightsMismatch
 from diptych.evaluation.image_metrics import psnr
 from diptych.models.lora import LowRank, layers
 from diptych.runtimes import conversion
-from diptych.runtimes.export_generator import add_variant, export_generator
+from diptych.runtimes.export_generator import add_edition, export_generator
 from diptych.runtimes.network import open_generator_networks
 from diptych.weights import catalog
 from diptych.weights.diffusion import describe_generator, resolve_generator
@@ -46,15 +47,15 @@ def random_updates(unet: Any, seed: int) -> dict[tuple[str, str], LowRank]:
 
 @pytest.fixture(scope="module", params=["fp32", "fp16", "int8"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give an artifact with its checkpoint, and a variant of both."""
-    root = tmp_path_factory.mktemp("variants")
+    """Give an artifact with its checkpoint, and an edition of both."""
+    root = tmp_path_factory.mktemp("editions")
     folder, modules = root / "generator", make_modules("diptych")
     model = make_model(modules, "diptych")
     save_generator(modules, model, folder)
     export_generator(modules, model, folder, precision=request.param)
     lora = root / "lora.safetensors"
     save_lora(random_updates(modules["unet"], 5), lora, dtype=torch.float16)
-    add_variant(modules["unet"], folder, "turbo", lora, DEFAULTS)
+    add_edition(modules["unet"], folder, "turbo", lora, DEFAULTS)
     return folder
 
 
@@ -93,10 +94,11 @@ def test_the_network_is_that_of_the_summed_weights(turbo: Path, seed: int) -> No
 
 
 def test_the_weights_are_stored_once(folder: Path) -> None:
-    own, lora = (folder / name for name in ("unet_turbo.onnx", "turbo.safetensors"))
-    graph = (folder / "unet.onnx").stat().st_size
-    assert own.stat().st_size < 2.5 * graph + lora.stat().st_size
-    assert not (folder / "unet_turbo.onnx.data").exists()
+    own = onnx.load(folder / "unet_turbo.onnx", load_external_data=False).graph.initializer
+    outside = [each for each in own if each.external_data]
+    assert {each.external_data[0].value for each in outside} == {"unet.onnx.data"}
+    inside = {each.name for each in own if len(each.raw_data) >= 1024}
+    assert inside and all(name.endswith((".up.half", ".down.half")) for name in inside)
 
 
 def test_its_name_brings_its_own_settings(turbo: Path) -> None:
@@ -136,7 +138,7 @@ def test_it_can_be_exported_by_its_name(turbo: Path, tmp_path: Path) -> None:
         for name, runtime in (("default-turbo", "torch"), (exported, "onnxruntime"))
     ]
     assert psnr(pictures[0].image, pictures[1].image) > 50
-    assert not describe_generator(exported).variants
+    assert not describe_generator(exported).editions
 
 
 def test_a_changed_file_is_told(folder: Path, tmp_path: Path) -> None:
@@ -152,9 +154,9 @@ def test_a_changed_file_is_told(folder: Path, tmp_path: Path) -> None:
         describe_generator(copied)
 
 
-def test_no_variant(folder: Path) -> None:
-    with pytest.raises(UnknownModel, match="has no variant 'lightning'"):
-        describe_generator(folder).variant("lightning", "default-lightning")
+def test_no_edition(folder: Path) -> None:
+    with pytest.raises(UnknownModel, match="has no edition 'lightning'"):
+        describe_generator(folder).edition("lightning", "default-lightning")
 
 
 @pytest.mark.parametrize(
@@ -170,6 +172,6 @@ def test_damaged_descriptions(folder: Path, tmp_path: Path, entry: Any) -> None:
     copied = tmp_path / "copied"
     shutil.copytree(folder, copied)
     document = json.loads((copied / "artifact.json").read_text())
-    (copied / "artifact.json").write_text(json.dumps({**document, "variants": entry}))
+    (copied / "artifact.json").write_text(json.dumps({**document, "editions": entry}))
     with pytest.raises(UnsupportedModel, match=r"artifact\.json"):
         describe_generator(copied)
