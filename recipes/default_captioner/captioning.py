@@ -19,7 +19,8 @@ from pretrain import encoder_config, initialise
 
 START = 0  # the tokenizer's first token begins, ends and pads a caption
 IGNORED = -100
-MAX_LENGTH = 24
+MAX_LENGTH = 24  # tokens, the end among them
+EACH = 5  # captions a photo
 
 
 def model_config(config: dict[str, Any], dropout: float) -> VisionEncoderDecoderConfig:
@@ -56,11 +57,21 @@ def grown_positions(positions: Tensor, num_patches: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Split:
-    """Hold photos, their cleaned captions and those captions as token ids."""
+    """Hold photos, their cleaned captions and those captions as tokens.
 
-    photos: Captioned
+    `inputs` and `targets` [photos, EACH, MAX_LENGTH]: shifted captions (start first, end last),
+    padded on the right; a photo with fewer captions repeats some.
+    """
+
+    pixels: Tensor
     captions: list[list[str]]
-    token_ids: list[list[list[int]]]
+    inputs: Tensor
+    targets: Tensor
+
+    def to(self, device: str) -> Split:
+        return Split(
+            self.pixels.to(device), self.captions, self.inputs.to(device), self.targets.to(device)
+        )
 
 
 def read_split(config: dict[str, Any], tokenizer: Gpt2Tokenizer, training: bool) -> Split:
@@ -69,32 +80,43 @@ def read_split(config: dict[str, Any], tokenizer: Gpt2Tokenizer, training: bool)
     if training:
         more = captioned(data / "pascal_sentences_224", {"train"}, size)
         photos = Captioned(torch.cat([photos.pixels, more.pixels]), photos.captions + more.captions)
+    return tokenized(photos, tokenizer)
+
+
+def tokenized(photos: Captioned, tokenizer: Gpt2Tokenizer) -> Split:
     captions = [[clean(caption) for caption in several] for several in photos.captions]
-    ids = [[tokenizer.encode(c)[: MAX_LENGTH - 1] for c in several] for several in captions]
-    return Split(photos, captions, ids)
+    inputs = torch.full((len(captions), EACH, MAX_LENGTH), START)
+    targets = torch.full((len(captions), EACH, MAX_LENGTH), IGNORED)
+    for photo, several in enumerate(captions):
+        rows = [tokenizer.encode(caption)[: MAX_LENGTH - 1] for caption in several]
+        for place in range(EACH):
+            row = rows[place % len(rows)]
+            inputs[photo, place, 1 : len(row) + 1] = torch.tensor(row)
+            targets[photo, place, : len(row) + 1] = torch.tensor([*row, START])
+    return Split(photos.pixels, captions, inputs, targets)
 
 
-def caption_batch(
-    chosen: list[list[list[int]]], each: int, chance: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Return inputs and targets [photos * each, T]; photos with fewer captions repeat some."""
-    rows = []
-    for captions in chosen:
-        order = torch.randperm(max(len(captions), each), generator=chance)[:each]
-        rows += [captions[int(i) % len(captions)] for i in order]
-    return padded(rows)
+def trimmed(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return inputs and targets [N, T] without common padding, and the places [K] of words.
+
+    On a GPU nothing is cut and all places are scored: steps of one shape can be recorded.
+    """
+    if targets.device.type == "cuda":
+        return inputs, targets, torch.arange(targets.numel(), device=targets.device)
+    longest = int((targets != IGNORED).any(0).sum())
+    inputs, targets = inputs[:, :longest], targets[:, :longest]
+    return inputs, targets, (targets != IGNORED).flatten().nonzero().flatten()
 
 
-def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Shift captions into inputs (start first) and targets (end last), padded on the right."""
-    longest = max(map(len, rows)) + 1
-    inputs = torch.full((len(rows), longest), START)
-    targets = torch.full((len(rows), longest), IGNORED)
-    for index, row in enumerate(rows):
-        inputs[index, 1 : len(row) + 1] = torch.tensor(row)
-        targets[index, : len(row)] = torch.tensor(row)
-        targets[index, len(row)] = START
-    return inputs, targets
+def shifted(written: Tensor) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets for drawn captions [N, T]; nothing counts behind the first end.
+
+    A caption cut off by the length limit did not choose to end, and has none among its targets.
+    """
+    ended = (written == START).int().cumsum(1)
+    behind = (ended - (written == START).int()) > 0
+    first = torch.full_like(written[:, :1], START)
+    return torch.cat([first, written[:, :-1]], dim=1), written.masked_fill(behind, IGNORED)
 
 
 def image_cache(model: VisionEncoderDecoder, prefix_embeds: Tensor) -> Tensor:
@@ -111,42 +133,40 @@ def word_states(model: VisionEncoderDecoder, cache: Tensor, inputs: Tensor) -> T
     return hidden
 
 
-def word_logits(model: VisionEncoderDecoder, cache: Tensor, inputs: Tensor) -> Tensor:
-    """Return [N, T, V] for captions `inputs` [N, T] behind the pictures of `cache`, N // B each."""
-    return model.decoder.logits(word_states(model, cache, inputs))
-
-
 @torch.no_grad()
-def rollout(
-    model: VisionEncoderDecoder, cache: Tensor, each: int, chance: torch.Generator | None
-) -> list[list[int]]:
-    """Write `each` captions a picture: drawn where `chance` is given, else the likeliest words.
+def rollout(model: VisionEncoderDecoder, cache: Tensor, each: int, *, drawn: bool) -> Tensor:
+    """Write `each` captions a picture, [B * each, MAX_LENGTH]: drawn, else the likeliest words.
 
-    `chance` lives on the device of the model.
+    What stands behind the first START means nothing. Draws come from the default generator.
     """
     cache = cache.repeat_interleave(each, dim=2)
-    rows: list[list[int]] = [[] for _ in range(cache.shape[2])]
-    alive = torch.arange(len(rows), device=cache.device)  # which row each line of the cache writes
-    new = torch.full((len(rows), 1), START, device=cache.device)
-    for _ in range(MAX_LENGTH):
+    written = torch.full((cache.shape[2], MAX_LENGTH), START, device=cache.device)
+    # On a processor rows leave when they are finished; a GPU goes through without being asked.
+    leaving = cache.device.type == "cpu"
+    alive = torch.arange(len(written), device=cache.device)  # the row each line of the cache writes
+    new = written[:, :1]
+    for place in range(MAX_LENGTH):
         hidden, cache, _ = model.decoder(new, cache)
         logits = model.decoder.logits(hidden[:, -1]).float()
-        if chance is None:
-            chosen = logits.argmax(-1)
-        else:
-            noise = torch.rand(logits.shape, generator=chance, device=logits.device)
-            chosen = (logits - (-noise.clamp(1e-9, 1 - 1e-7).log()).log()).argmax(-1)
-        # A finished row writes on until a third of them are: taking it out copies the cache.
-        for row, word in zip(alive.tolist(), chosen.tolist(), strict=True):
-            rows[row].append(word)
-        going = torch.tensor(
-            [START not in rows[row] for row in alive.tolist()], device=chosen.device
-        )
-        if not going.any():
-            break
+        if drawn:
+            noise = torch.rand_like(logits)
+            logits = logits - (-noise.clamp(1e-9, 1 - 1e-7).log()).log()
+        chosen = logits.argmax(-1)
+        written[alive, place] = chosen
         new = chosen[:, None]
-        if going.float().mean() < 2 / 3:
-            alive, new, cache = alive[going], new[going], cache[:, :, going]
+        if leaving:
+            going = (written[alive, : place + 1] != START).all(1)
+            if not going.any():
+                break
+            # Not before a third of them are finished: taking rows out copies the cache.
+            if going.float().mean() < 2 / 3:
+                alive, new, cache = alive[going], new[going], cache[:, :, going]
+    return written
+
+
+def told(written: Tensor) -> list[list[int]]:
+    """Return the tokens of each caption, up to its end."""
+    rows = written.tolist()
     return [row[: row.index(START)] if START in row else row for row in rows]
 
 
@@ -158,13 +178,13 @@ def validate(
     model.eval()
     size, texts, total, count = model.encoder.config.image_size, [], 0.0, 0
     for start in range(0, len(val.captions), 125):
-        pixels = plain(val.photos.pixels[start : start + 125].to(device), size)
+        pixels = plain(val.pixels[start : start + 125].to(device), size)
+        inputs, targets = (part[start : start + 125, 0] for part in (val.inputs, val.targets))
         with torch.autocast(device, torch.bfloat16):
             cache = image_cache(model, model.encode(pixels))
-            inputs, targets = padded([c[0] for c in val.token_ids[start : start + 125]])
-            logits = word_logits(model, cache, inputs.to(device)).float()
-            texts += [tokenizer.decode(ids).strip() for ids in rollout(model, cache, 1, None)]
-        targets = targets.to(device)
+            logits = model.decoder.logits(word_states(model, cache, inputs)).float()
+            rows = told(rollout(model, cache, 1, drawn=False))
+        texts += [tokenizer.decode(ids).strip() for ids in rows]
         total += float(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
         count += int((targets != IGNORED).sum())
     model.train()

@@ -80,29 +80,29 @@ def views(pixels: Tensor, size: int, smallest_crop: float, generator: torch.Gene
 
     Width and height of the crop are drawn apart, so that the squashed photos of the training set
     are seen in many aspect ratios; half of the views are mirrored, brightness, contrast and
-    saturation vary.
+    saturation vary. `generator` lives where the pixels do, for a GPU would wait for what it sends.
     """
-    count = len(pixels)
+    count, device = len(pixels), pixels.device
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return torch.rand(count, *shape, generator=generator) * (high - low) + low
+        drawn = torch.rand(count, *shape, generator=generator, device=device)
+        return drawn * (high - low) + low
 
     scale = uniform(smallest_crop, 1.0, 2)
     shift = (1 - scale) * uniform(-1.0, 1.0, 2)
-    mirror = (torch.rand(count, generator=generator) < 0.5).float() * -2 + 1
-    theta = torch.zeros(count, 2, 3)
+    mirror = (uniform(0.0, 1.0) < 0.5).float() * -2 + 1
+    theta = torch.zeros(count, 2, 3, device=device)
     theta[:, 0, 0], theta[:, 1, 1] = scale[:, 0] * mirror, scale[:, 1]
     theta[:, :, 2] = shift
     brightness, contrast = uniform(-0.25, 0.25, 1, 1, 1), uniform(0.7, 1.3, 1, 1, 1)
     saturation = uniform(0.6, 1.4, 1, 1, 1)
 
-    device = pixels.device
-    grid = F.affine_grid(theta.to(device), [count, 3, size, size], align_corners=False)
+    grid = F.affine_grid(theta, [count, 3, size, size], align_corners=False)
     picture = pixels.float() / 127.5 - 1
     picture = F.grid_sample(picture, grid, padding_mode="reflection", align_corners=False)
     grey = picture.mean(1, keepdim=True)
-    picture = grey + (picture - grey) * saturation.to(device)
-    return (picture * contrast.to(device) + brightness.to(device)).clamp(-1, 1)
+    picture = grey + (picture - grey) * saturation
+    return (picture * contrast + brightness).clamp(-1, 1)
 
 
 def mixed(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
@@ -115,7 +115,7 @@ def mixed(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, f
     top, left = (torch.rand(2, generator=generator) * (1 - side)).tolist()
     rows = slice(round(top * height), round((top + side) * height))
     columns = slice(round(left * width), round((left + side) * width))
-    other = torch.randperm(len(pixels), generator=generator).to(pixels.device)
+    other = torch.randperm(len(pixels), generator=generator).to(pixels.device, non_blocking=True)
     pixels = pixels.clone()
     pixels[:, :, rows, columns] = pixels[other][:, :, rows, columns]
     area = (rows.stop - rows.start) * (columns.stop - columns.start)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diptych.models.vit import ViT, ViTConfig
+from diptych.training.replay import Replay, set_rate
 from diptych.training.state import (
     Average,
     Log,
@@ -66,6 +67,19 @@ def initialise(module: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.02)
 
 
+def adamw(
+    groups: list[dict[str, Any]], device: str, betas: tuple[float, float]
+) -> torch.optim.AdamW:
+    """Return an optimizer whose learning rate and count of steps a recorded step can read."""
+    return torch.optim.AdamW(
+        groups,
+        lr=torch.zeros((), device=device),
+        betas=betas,
+        fused=True,
+        capturable=device == "cuda",
+    )
+
+
 @torch.no_grad()
 def accuracy(model: Classifier, data: Labelled, size: int, device: str) -> float:
     model.eval()
@@ -92,8 +106,8 @@ def main(config: dict[str, Any]) -> None:
     initialise(model)
     model.to(device, memory_format=torch.channels_last)
     average = Average(model, options["ema_decay"])
-    optimizer = torch.optim.AdamW(
-        decayed(model.named_parameters(), options["weight_decay"]), lr=0.0, fused=True
+    optimizer = adamw(
+        decayed(model.named_parameters(), options["weight_decay"]), device, (0.9, 0.999)
     )
     log, state = Log(output / "pretrain.jsonl"), output / "pretrain.safetensors"
     first, spent = 0, 0.0
@@ -103,49 +117,53 @@ def main(config: dict[str, Any]) -> None:
     per_epoch = len(train.labels) // batch_size
     pace = Pace(epochs * per_epoch, options.get("seconds"), spent)
 
+    smoothing = options["label_smoothing"]
+
+    def step(pixels: Tensor, labels: Tensor, others: Tensor, stays: Tensor) -> tuple[Tensor, ...]:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16):
+            scores = model(pixels).float()
+        loss = stays * F.cross_entropy(scores, labels, label_smoothing=smoothing)
+        loss = loss + (1 - stays) * F.cross_entropy(scores, others, label_smoothing=smoothing)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return (loss.detach(),)
+
+    learn = Replay(device, enabled=config.get("cuda_graphs", True))(step)
     over, epoch = pace.over(first * per_epoch), first - 1
     while not over:
         epoch += 1
         # All chance of an epoch follows from its number: a resumed run equals an unbroken one.
         chance = torch.Generator().manual_seed(config["seed"] * 1000 + epoch)
-        order, losses = torch.randperm(len(train.labels), generator=chance), []
+        draws = torch.Generator(device).manual_seed(config["seed"] * 1000 + epoch)
+        order, losses = torch.randperm(len(train.labels), generator=chance).to(device), []
         for index in range(per_epoch):
             chosen = order[index * batch_size : (index + 1) * batch_size]
-            chosen = chosen.to(device)
-            pixels = views(train.pixels[chosen], size, options["smallest_crop"], chance)
-            labels, other, stays = train.labels[chosen], chosen, 1.0
+            pixels = views(train.pixels[chosen], size, options["smallest_crop"], draws)
+            labels = others = train.labels[chosen]
+            stays = 1.0
             if torch.rand(1, generator=chance).item() < options["cutmix"]:
                 pixels, partner, stays = mixed(pixels, chance)
-                other = chosen[partner]
-            with torch.autocast(device, torch.bfloat16):
-                scores = model(pixels.contiguous(memory_format=torch.channels_last)).float()
-            loss = sum(
-                share * F.cross_entropy(scores, each, label_smoothing=options["label_smoothing"])
-                for share, each in ((stays, labels), (1 - stays, train.labels[other]))
-                if share
-            )
-            step = epoch * per_epoch + index
-            rate = learning_rate(step, pace.total(step), options["warmup_steps"])
-            for group in optimizer.param_groups:
-                group["lr"] = options["learning_rate"] * rate
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+                others = labels[partner]
+            done = epoch * per_epoch + index
+            rate = learning_rate(done, pace.total(done), options["warmup_steps"])
+            set_rate(optimizer, options["learning_rate"] * rate)
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+            (loss,) = learn(pixels, labels, others, torch.full((), stays, device=device))
             average.update(model)
-            losses.append(loss.detach())
+            losses.append(loss.clone())
         over = pace.over((epoch + 1) * per_epoch)
         if not over and (epoch + 1) % options["validate_every"]:
             continue
-        own = {name: value.clone() for name, value in model.state_dict().items()}
-        model.load_state_dict(average.tensors)
+        with average.swapped(model):
+            right = accuracy(model, val, size, device)
         log.write(
             stage="pretrain",
             epoch=epoch,
             loss=round(float(sum(losses)) / len(losses), 4),
-            val_accuracy_average=round(accuracy(model, val, size, device), 4),
+            val_accuracy_average=round(right, 4),
         )
-        model.load_state_dict(own)
         save_state(state, model, average, optimizer, {"epoch": epoch, "spent": pace.spent})
 
 

@@ -22,18 +22,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captioning import (
+    EACH,
     IGNORED,
     MAX_LENGTH,
     image_cache,
     new_model,
-    padded,
     read_split,
     rollout,
+    shifted,
+    tokenized,
+    told,
+    trimmed,
     validate,
     word_states,
 )
 from diptych.evaluation.caption_metrics import CiderD, tokenize_words
 from diptych.text import Gpt2Tokenizer
+from diptych.training.replay import Replay, set_rate
 from diptych.training.state import (
     Average,
     Log,
@@ -44,7 +49,8 @@ from diptych.training.state import (
     read_average,
     save_state,
 )
-from pictures import views
+from pretrain import adamw
+from things import things, viewed
 
 END = "<end>"
 
@@ -93,7 +99,8 @@ def main(config: dict[str, Any]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config["seed"])
     torch.backends.cudnn.benchmark = True
-    photos = train.photos.pixels.to(device)
+    train, val = train.to(device), val.to(device)
+    alone = tokenized(things(Path(config["data"])), tokenizer).to(device)
 
     # Without dropout: what is drawn and what is learnt from must be the same distribution.
     model = new_model(config).to(device)
@@ -103,9 +110,7 @@ def main(config: dict[str, Any]) -> None:
     )
     model.encoder.to(memory_format=torch.channels_last)
     average = Average(model, options["ema_decay"])
-    optimizer = torch.optim.AdamW(
-        decayed(model.named_parameters(), 0.0), lr=0.0, betas=(0.9, 0.98), fused=True
-    )
+    optimizer = adamw(decayed(model.named_parameters(), 0.0), device, (0.9, 0.98))
     log, state = Log(output / "refine.jsonl"), output / "refine.safetensors"
     scores, texts = validate(model, val, tokenizer, device)
     first, best, spent = 0, scores["val_cider"], 0.0
@@ -120,57 +125,74 @@ def main(config: dict[str, Any]) -> None:
     size, each = config["encoder"]["image_size"], options["samples"]
     pace = Pace(options["epochs"] * per_epoch, options.get("seconds"), spent)
 
+    count, few = options["batch_size"], options["things"]
+    taught = torch.arange(each, device=device) % EACH  # which captions of a thing
+    weight = torch.full((few * each,), options["things_weight"], device=device)
+    seen: list[Tensor] = []  # the cache of the pictures, from drawing to learning
+
+    def draw(pixels: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(device, torch.bfloat16):
+            seen[:] = [image_cache(model, model.encode(pixels))]
+            return (rollout(model, seen[0][:, :, :count].detach(), each, drawn=True),)
+
+    def learn(inputs: Tensor, targets: Tensor, places: Tensor, gain: Tensor) -> tuple[Tensor, ...]:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16):
+            # A half is padding: scoring the vocabulary there would be wasted.
+            written = word_states(model, seen[0], inputs).flatten(0, 1)[places]
+            logits = model.decoder.logits(written).float()
+        wanted = targets.flatten()[places]
+        cost = F.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="none")
+        gains = gain[:, None].expand(targets.shape).flatten()[places]
+        ((cost * gains).sum() / (wanted != IGNORED).sum()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return ()
+
+    replay = Replay(device, enabled=config.get("cuda_graphs", True))
+    draw, learn = replay(draw), replay(learn)
+    # Statistics of the batches would drift with so few steps: keep those of stage 3.
+    model.eval()
     over, epoch = pace.over(first * per_epoch), first - 1
     while not over:
         epoch += 1
         chance = torch.Generator().manual_seed(config["seed"] * 2000 + epoch)
         draws = torch.Generator(device).manual_seed(config["seed"] * 2000 + epoch)
-        order, told = torch.randperm(len(train.captions), generator=chance), []
+        torch.manual_seed(config["seed"] * 2000 + epoch)  # of the words that are drawn
+        order, rewards = torch.randperm(len(train.captions), generator=chance), []
+        others = torch.randint(len(alone.captions), (per_epoch, few), generator=chance).to(device)
         for index in range(per_epoch):
-            chosen = order[index * options["batch_size"] :][: options["batch_size"]]
-            pixels = views(photos[chosen.to(device)], size, options["smallest_crop"], chance)
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-            # Statistics of the batches would drift with so few steps: keep those of stage 3.
-            model.eval()
-            with torch.autocast(device, torch.bfloat16):
-                cache = image_cache(model, model.encode(pixels))
-                rows = rollout(model, cache.detach(), each, draws)
-                inputs, targets = padded(rows)
-                # A caption cut off by the length limit did not choose to end.
-                for place, row in enumerate(rows):
-                    if len(row) >= MAX_LENGTH:
-                        targets[place, len(row)] = IGNORED
-                # A half is padding: scoring the vocabulary there would be wasted.
-                kept = (targets != IGNORED).to(device)
-                written = word_states(model, cache, inputs.to(device))[kept]
-                logits = model.decoder.logits(written).float()
+            photos, further = order[index * count :][:count], others[index]
+            pixels = viewed(
+                train.pixels[photos.to(device)], alone.pixels[further], size, options, draws
+            )
+            (written,) = draw(pixels)
+            rows = told(written)
             words = [
                 [*tokenize_words(tokenizer.decode(row)), *([END] if len(row) < MAX_LENGTH else [])]
                 for row in rows
             ]
-            reward = jury.score(chosen.repeat_interleave(each).tolist(), words)
-            gain = advantages(reward, each).to(device)
-            cost = F.cross_entropy(logits, targets.to(device)[kept], reduction="none")
-            loss = (cost * gain[:, None].expand(kept.shape)[kept]).mean()
-            loss.backward()
+            reward = jury.score(photos.repeat_interleave(each).tolist(), words)
+            gain = torch.cat([advantages(reward, each).to(device), weight])
+            inputs, targets = shifted(written)
+            inputs = torch.cat([inputs, alone.inputs[further][:, taught].flatten(0, 1)])
+            targets = torch.cat([targets, alone.targets[further][:, taught].flatten(0, 1)])
             step = epoch * per_epoch + index
             rate = learning_rate(step, pace.total(step), options["warmup_steps"])
-            for group in optimizer.param_groups:
-                group["lr"] = options["learning_rate"] * rate
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            set_rate(optimizer, options["learning_rate"] * rate)
+            learn(*trimmed(inputs, targets), gain)
             average.update(model)
-            told.append(float(reward.mean()))
+            rewards.append(float(reward.mean()))
         over = pace.over((epoch + 1) * per_epoch)
-        own = {name: value.clone() for name, value in model.state_dict().items()}
-        model.load_state_dict(average.tensors)
-        scores, texts = validate(model, val, tokenizer, device)
-        model.load_state_dict(own)
+        if not over and (epoch + 1) % options["validate_every"]:
+            continue
+        with average.swapped(model):
+            scores, texts = validate(model, val, tokenizer, device)
+        model.eval()
         log.write(
             stage="refine",
             epoch=epoch,
-            reward=round(sum(told) / len(told), 4),
+            reward=round(sum(rewards) / len(rewards), 4),
             **scores,
             sample=texts[:3],
         )

@@ -62,9 +62,7 @@ def main(config: dict[str, Any], folder: Path) -> None:
     tokenizer_path = output / "tokenizer.json"
     tokenizer = Gpt2Tokenizer.load(tokenizer_path)
     val = read_split(config, tokenizer, training=False)
-    images: list[np.ndarray] = [
-        plain(one[None], size)[0].numpy() for one in val.photos.pixels[:200]
-    ]
+    images: list[np.ndarray] = [plain(one[None], size)[0].numpy() for one in val.pixels[:200]]
     with tempfile.TemporaryDirectory() as temporary:
         made = Path(temporary) / "captioner"
         report = export_captioner(

@@ -20,15 +20,17 @@ from torch import Tensor, nn
 from captioning import (
     IGNORED,
     Split,
-    caption_batch,
     image_cache,
     new_model,
     read_split,
     take_encoder,
+    tokenized,
+    trimmed,
     validate,
     word_states,
 )
 from diptych.text import Gpt2Tokenizer
+from diptych.training.replay import Replay, set_rate
 from diptych.training.state import (
     Average,
     Log,
@@ -39,11 +41,11 @@ from diptych.training.state import (
     read_average,
     save_state,
 )
-from pictures import views
+from pretrain import adamw
+from things import things, viewed
 
 COMMON = 60  # words so frequent that they say nothing of the picture
 NUM_WORDS = 600
-EACH = 5
 
 
 class Pupil(nn.Module):
@@ -57,12 +59,12 @@ class Pupil(nn.Module):
             block.attn.dropout = 0.0
         self.words = nn.Linear(config["encoder"]["hidden_size"], NUM_WORDS)
 
-    def forward(self, pixels: Tensor, inputs: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits [kept words, V] of the captions, and those of the photo's words."""
+    def forward(self, pixels: Tensor, inputs: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits [K, V] at `places` of the captions, and those of the photo's words."""
         hidden = self.model.encoder(pixels)
         cache = image_cache(self.model, self.model.bridge(hidden))
         # Half of a batch is padding: scoring the vocabulary there would be wasted.
-        written = word_states(self.model, cache, inputs)[kept]
+        written = word_states(self.model, cache, inputs).flatten(0, 1)[places]
         return self.model.decoder.logits(written), self.words(hidden.mean(1))
 
 
@@ -87,9 +89,9 @@ def main(config: dict[str, Any]) -> None:
     torch.manual_seed(config["seed"])
     torch.backends.cudnn.benchmark = True
     tokenizer = Gpt2Tokenizer.load(output / "tokenizer.json")
-    train, val = (read_split(config, tokenizer, training) for training in (True, False))
+    train, val = (read_split(config, tokenizer, training).to(device) for training in (True, False))
     targets_of_words = word_targets(train).to(device)
-    photos = train.photos.pixels.to(device)
+    alone = tokenized(things(Path(config["data"])), tokenizer).to(device)
 
     pupil = Pupil(config, options["dropout"])
     pretrained = output / "pretrain.safetensors"
@@ -103,7 +105,7 @@ def main(config: dict[str, Any]) -> None:
     named = list(pupil.named_parameters())
     groups = decayed([n for n in named if n[1] in encoder], decay, share="encoder_learning_rate")
     groups += decayed([n for n in named if n[1] not in encoder], decay, share="learning_rate")
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
+    optimizer = adamw(groups, device, (0.9, 0.98))
 
     log, state = Log(output / "train.jsonl"), output / "train.safetensors"
     first, best, spent = 0, -1.0, 0.0  # the first epoch is the best so far, whatever it scores
@@ -114,56 +116,65 @@ def main(config: dict[str, Any]) -> None:
     pace = Pace(options["epochs"] * per_epoch, options.get("seconds"), spent)
     size = config["encoder"]["image_size"]
 
+    count, few = options["batch_size"], options["things"]
+
+    def step(
+        pixels: Tensor, words: Tensor, inputs: Tensor, targets: Tensor, places: Tensor
+    ) -> tuple[Tensor, ...]:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16):
+            logits, guessed = pupil(pixels, inputs, places)
+        loss = F.cross_entropy(
+            logits.float(),
+            targets.flatten()[places],
+            ignore_index=IGNORED,
+            label_smoothing=options["label_smoothing"],
+        )
+        # Summed over the words and divided by about as many as a photo has.
+        word_loss = F.binary_cross_entropy_with_logits(guessed[:count].float(), words)
+        word_loss = word_loss * (NUM_WORDS / 10)
+        (loss + options["word_loss"] * word_loss).backward()
+        nn.utils.clip_grad_norm_(pupil.parameters(), 1.0)
+        optimizer.step()
+        return loss.detach(), word_loss.detach()
+
+    learn = Replay(device, enabled=config.get("cuda_graphs", True))(step)
     over, epoch = pace.over(first * per_epoch), first - 1
     while not over:
         epoch += 1
         chance = torch.Generator().manual_seed(config["seed"] * 1000 + epoch)
+        draws = torch.Generator(device).manual_seed(config["seed"] * 1000 + epoch)
         # Dropout draws from the global stream: it too must follow from the epoch alone.
         torch.manual_seed(config["seed"] * 1000 + epoch)
-        order, losses = torch.randperm(len(train.captions), generator=chance), []
+        order, losses = torch.randperm(len(train.captions), generator=chance).to(device), []
+        others = torch.randint(len(alone.captions), (per_epoch, few), generator=chance).to(device)
         for index in range(per_epoch):
-            chosen = order[index * options["batch_size"] :][: options["batch_size"]]
-            pixels = views(
-                photos[chosen.to(device)], size, options["smallest_crop"], chance
-            ).contiguous(memory_format=torch.channels_last)
-            inputs, targets = caption_batch([train.token_ids[i] for i in chosen], EACH, chance)
-            with torch.autocast(device, torch.bfloat16):
-                kept = (targets != IGNORED).to(device)
-                logits, words = pupil(pixels, inputs.to(device), kept)
-            loss = F.cross_entropy(
-                logits.float(),
-                targets.to(device)[kept],
-                label_smoothing=options["label_smoothing"],
+            chosen, further = order[index * count :][:count], others[index]
+            pixels = viewed(train.pixels[chosen], alone.pixels[further], size, options, draws)
+            inputs, targets = (
+                torch.cat([photos[chosen], single[further]]).flatten(0, 1)
+                for photos, single in ((train.inputs, alone.inputs), (train.targets, alone.targets))
             )
-            # Summed over the words and divided by about as many as a photo has.
-            word_loss = F.binary_cross_entropy_with_logits(
-                words.float(), targets_of_words[chosen.to(device)]
-            ) * (NUM_WORDS / 10)
-            step = epoch * per_epoch + index
-            rate = learning_rate(step, pace.total(step), options["warmup_steps"])
-            for group in optimizer.param_groups:
-                group["lr"] = options[group["share"]] * rate
-            (loss + options["word_loss"] * word_loss).backward()
-            nn.utils.clip_grad_norm_(pupil.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            done = epoch * per_epoch + index
+            set_rate(
+                optimizer,
+                learning_rate(done, pace.total(done), options["warmup_steps"]),
+                options,
+            )
+            told = learn(pixels, targets_of_words[chosen], *trimmed(inputs, targets))
             average.update(pupil)
-            losses.append((loss.detach(), word_loss.detach()))
+            losses.append([each.clone() for each in told])
         over = pace.over((epoch + 1) * per_epoch)
         if not over and (epoch + 1) % options["validate_every"]:
             continue
-        own = {name: value.clone() for name, value in pupil.state_dict().items()}
-        pupil.load_state_dict(average.tensors)
-        scores, texts = validate(pupil.model, val, tokenizer, device)
-        pupil.load_state_dict(own)
-        caption_loss, word_loss_mean = (
-            float(sum(part)) / len(losses) for part in zip(*losses, strict=True)
-        )
+        with average.swapped(pupil):
+            scores, texts = validate(pupil.model, val, tokenizer, device)
+        means = [float(sum(part)) / per_epoch for part in zip(*losses, strict=True)]
         log.write(
             stage="train",
             epoch=epoch,
-            loss=round(caption_loss, 4),
-            word_loss=round(word_loss_mean, 4),
+            loss=round(means[0], 4),
+            word_loss=round(means[1], 4),
             **scores,
             sample=texts[:3],
         )

@@ -43,8 +43,8 @@ CAPTIONER = {
         "vocab_size": 300,
     },
     "pretrain": {"image_size": 32, "epochs": 3, "batch_size": 16, "warmup_steps": 4},
-    "train": {"epochs": 3, "batch_size": 8, "warmup_steps": 4, "stored_size": 40},
-    "refine": {"epochs": 2, "batch_size": 8, "samples": 2, "warmup_steps": 2},
+    "train": {"epochs": 3, "batch_size": 8, "warmup_steps": 4, "stored_size": 40, "things": 3},
+    "refine": {"epochs": 2, "batch_size": 8, "samples": 2, "warmup_steps": 2, "things": 3},
 }
 GENERATOR = {
     "vae": {"latent_channels": 4, "block_out_channels": [8, 8], "norm_num_groups": 4},
@@ -103,11 +103,14 @@ def captioned(folder: Path, counts: dict[str, int], size: int, rng: np.random.Ge
             captions = [f"A {colour} {thing} is {place} ." for place in places]
             name = f"images/{rng.integers(10**9)}.png"
             image.save(folder / name)
-            rows.write(json.dumps({"file": name, "captions": captions, "split": split}) + "\n")
+            row = {"file": name, "captions": captions, "split": split, "label": "daisy"}
+            rows.write(json.dumps(row) + "\n")
 
 
 def classes(folder: Path, counts: dict[str, int], rng: np.random.Generator) -> None:
     folder.mkdir(parents=True)
+    names = [{"name": "espresso" if label % 2 else "comic book"} for label in range(200)]
+    (folder / "classes.json").write_text(json.dumps(names))
     for split, count in counts.items():
         files = []
         for _ in range(count):
