@@ -70,14 +70,10 @@ def initialise(module: nn.Module) -> None:
 def adamw(
     groups: list[dict[str, Any]], device: str, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
-    """Return an optimizer whose learning rate and count of steps a recorded step can read."""
-    return torch.optim.AdamW(
-        groups,
-        lr=torch.zeros((), device=device),
-        betas=betas,
-        fused=True,
-        capturable=device == "cuda",
-    )
+    """Return an optimizer whose learning rates and count of steps a recorded step can read."""
+    # A tensor each: one given for all would be shared by the groups.
+    groups = [{**group, "lr": torch.zeros((), device=device)} for group in groups]
+    return torch.optim.AdamW(groups, betas=betas, fused=True, capturable=device == "cuda")
 
 
 @torch.no_grad()

@@ -139,7 +139,7 @@ def main(config: dict[str, Any]) -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device, torch.bfloat16):
             # A half is padding: scoring the vocabulary there would be wasted.
-            written = word_states(model, seen[0], inputs).flatten(0, 1)[places]
+            written = word_states(model, seen[0], inputs).flatten(0, 1).index_select(0, places)
             logits = model.decoder.logits(written).float()
         wanted = targets.flatten()[places]
         cost = F.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="none")

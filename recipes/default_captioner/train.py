@@ -64,7 +64,7 @@ class Pupil(nn.Module):
         hidden = self.model.encoder(pixels)
         cache = image_cache(self.model, self.model.bridge(hidden))
         # Half of a batch is padding: scoring the vocabulary there would be wasted.
-        written = word_states(self.model, cache, inputs).flatten(0, 1)[places]
+        written = word_states(self.model, cache, inputs).flatten(0, 1).index_select(0, places)
         return self.model.decoder.logits(written), self.words(hidden.mean(1))
 
 
@@ -83,6 +83,22 @@ def word_targets(split: Split) -> Tensor:
     return targets
 
 
+def teacher(config: dict[str, Any], path: Path) -> Pupil:
+    """Load what an earlier run of this stage has learnt, to learn from (Hinton et al. 2015)."""
+    loaded = Pupil(config, 0.0)
+    loaded.load_state_dict(read_average(path))
+    return loaded.eval().requires_grad_(False)
+
+
+def likelihood(
+    teachers: list[Pupil], pixels: Tensor, inputs: Tensor, places: Tensor, device: str
+) -> Tensor:
+    """Return [K, V]: how likely the teachers find each word, on average."""
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        heard = [each(pixels, inputs, places)[0].float().softmax(-1) for each in teachers]
+    return torch.stack(heard).mean(0)
+
+
 def main(config: dict[str, Any]) -> None:
     options, output = config["train"], Path(config["output"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -97,7 +113,10 @@ def main(config: dict[str, Any]) -> None:
     pretrained = output / "pretrain.safetensors"
     if pretrained.exists():
         take_encoder(pupil.model, read_average(pretrained))
+    if (read := output / "text.safetensors").exists():
+        pupil.model.decoder.load_state_dict(read_average(read))
     pupil.to(device)
+    teachers = [teacher(config, Path(each)).to(device) for each in options.get("teachers", [])]
     pupil.model.encoder.to(memory_format=torch.channels_last)
     average = Average(pupil, options["ema_decay"])
     decay = options["weight_decay"]
@@ -130,10 +149,17 @@ def main(config: dict[str, Any]) -> None:
             ignore_index=IGNORED,
             label_smoothing=options["label_smoothing"],
         )
+        total = loss
+        if teachers:
+            said = targets.flatten()[places] != IGNORED
+            wanted = likelihood(teachers, pixels, inputs, places, device)
+            apart = -(wanted * logits.float().log_softmax(-1)).sum(-1)
+            share = options["teachers_share"]
+            total = (1 - share) * loss + share * (apart * said).sum() / said.sum()
         # Summed over the words and divided by about as many as a photo has.
         word_loss = F.binary_cross_entropy_with_logits(guessed[:count].float(), words)
         word_loss = word_loss * (NUM_WORDS / 10)
-        (loss + options["word_loss"] * word_loss).backward()
+        (total + options["word_loss"] * word_loss).backward()
         nn.utils.clip_grad_norm_(pupil.parameters(), 1.0)
         optimizer.step()
         return loss.detach(), word_loss.detach()

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from diptych.models.vae import Vae
 from diptych.runtimes.export_generator import export_generator
@@ -35,13 +35,27 @@ def main() -> None:
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("config.toml")
     folder = Path(sys.argv[2]) if len(sys.argv) > 2 else EMBEDDED
     config = tomllib.loads(path.read_text())
+    modules = networks(config)
+    model = described(config, modules, folder)
+    save_generator(modules, model, folder, dtype="float16")
+    report = export_generator(modules, model, folder, precision=config["ship"]["precision"])
+    print(report)
+
+
+def networks(config: dict[str, Any]) -> dict[str, nn.Module]:
+    """Return the trained networks by name; the autoencoder speaks normalised latents."""
     painter = painted(config)
-    modules = {
+    return {
         "text_encoder": painter.text_encoder,
         "unet": painter.unet,
         "vae": normalised(trained(config, torch.device("cpu")), *statistics(config)),
     }
-    model = GeneratorFolder(
+
+
+def described(
+    config: dict[str, Any], modules: dict[str, nn.Module], folder: Path
+) -> GeneratorFolder:
+    return GeneratorFolder(
         path=folder,
         name="default",
         revision=None,
@@ -55,9 +69,6 @@ def main() -> None:
         precision=None,
         defaults=config["defaults"],
     )
-    save_generator(modules, model, folder, dtype="float16")
-    report = export_generator(modules, model, folder, precision=config["ship"]["precision"])
-    print(report)
 
 
 def statistics(config: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ import time
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from diptych.models.unet import UNet, UNetConfig
 from diptych.text_to_image.schedules import NoiseSchedule, ScheduleConfig
 from diptych.training.muon import Muon
 from diptych.training.parallel import Workers
+from diptych.training.replay import Replay, set_rate
 from diptych.training.state import (
     Average,
     Log,
@@ -85,7 +87,7 @@ def main() -> None:
     average = Average(module, settings["ema_decay"])
     optimizer = Muon(
         module.named_parameters(),
-        settings["learning_rate"],
+        torch.tensor(settings["learning_rate"], device=device),
         weight_decay=settings["weight_decay"],
         workers=workers,
     )
@@ -100,28 +102,32 @@ def main() -> None:
     abar = abar.to(device)
     rows, saved = workers.share(settings["batch_size"]), time.time()
     pace = Pace(settings["steps"], settings.get("seconds"), spent)
-    sums, step = torch.zeros(2, BANDS, device=device), first
-    while step < (total := pace.total(step)):
-        share = learning_rate(step, total, settings["warmup_steps"])
-        for group in optimizer.param_groups:
-            group["lr"] = settings["learning_rate"] * max(share, LOWEST_RATE if step > 999 else 0)
-        latents, input_ids, timesteps, noise = (
-            part[rows] for part in batch(data, settings, (config["seed"], step))
-        )
+
+    def learn(frozen: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
+        optimizer.zero_grad(set_to_none=True)
         # A GPU has units for bfloat16; the processors at hand do not.
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            losses = loss(
-                *(module, latents, input_ids, timesteps, noise, abar, config),
-                frozen=step >= settings["text_encoder_steps"],
-            )
-        optimizer.zero_grad(set_to_none=True)
+            losses = loss(module, *inputs, abar, config, frozen=frozen)
         losses.mean().backward()
         workers.average(module.parameters())
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
+        return (losses.detach(),)
+
+    replay = Replay(device, enabled=config.get("cuda_graphs", True))
+    both = {frozen: replay(partial(learn, frozen)) for frozen in (False, True)}
+    sums, step = torch.zeros(2, BANDS, device=device), first
+    while step < (total := pace.total(step)):
+        share = learning_rate(step, total, settings["warmup_steps"])
+        share = max(share, LOWEST_RATE if step > 999 else 0)
+        set_rate(optimizer, settings["learning_rate"] * share)
+        drawn = batch(data, settings, (config["seed"], step))
+        latents, input_ids, timesteps, noise = (part[rows] for part in drawn)
+        frozen = step >= settings["text_encoder_steps"]
+        (losses,) = both[frozen](latents, input_ids, timesteps, noise)
         average.update(module)
         band = timesteps * BANDS // 1000
-        sums[0].index_add_(0, band, losses.detach().float())
+        sums[0].index_add_(0, band, losses.float())
         sums[1].index_add_(0, band, torch.ones_like(losses))
         step += 1
         if workers.leads and step % LOG_EVERY == 0:
@@ -267,6 +273,8 @@ def read(config: dict[str, Any], device: torch.device) -> Encoded:
     latents, rows, domains = [], [], {}
     with safe_open(Path(config["output"]) / "latents.safetensors", "pt") as file:
         captions = json.loads(file.metadata()["captions"])
+        most = config["train"].get("captions")  # of a picture; all, unless it says otherwise
+        captions = {name: [few[:most] for few in each] for name, each in captions.items()}
         most = max(len(texts) for sentences in captions.values() for texts in sentences)
         for name, sentences in captions.items():
             domains[name] = range(len(rows), len(rows) + len(sentences))

@@ -153,3 +153,60 @@ def test_rewarded_words_reach_the_weights_in_half_precision(device: str, note: A
         loss = layer(torch.randn(2, 8, device=device)).float().sum()
     note(torch=torch.__version__, reaches=loss.requires_grad)
     assert loss.requires_grad
+
+
+def steps_taken(device: str, enabled: bool, make: Any) -> list[torch.Tensor]:
+    """Train a small network for 12 steps of two shapes, in two parts that hand on a tensor."""
+    from diptych.training.replay import Replay, set_rate
+
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 32, 3),
+        torch.nn.BatchNorm2d(32),
+        torch.nn.GELU(),
+        torch.nn.Conv2d(32, 32, 3),
+    ).to(device)
+    optimizer = make(network, torch.zeros((), device=device))
+    seen: list[torch.Tensor] = []
+
+    def look(pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        seen[:] = [network(pixels)]
+        return (seen[0].detach().mean((2, 3)),)
+
+    def learn(target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        optimizer.zero_grad(set_to_none=True)
+        loss = (seen[0].mean((2, 3)) - target).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        return (loss.detach(),)
+
+    replay = Replay(device, enabled=enabled)
+    look, learn = replay(look), replay(learn)
+    chance = torch.Generator().manual_seed(1)
+    losses = []
+    for index in range(12):
+        rows = 4 if index % 3 else 6
+        set_rate(optimizer, 0.01 * (1 - index / 20))
+        (said,) = look(torch.randn(rows, 3, 12, 12, generator=chance).to(device))
+        (loss,) = learn(said.clone() * 0.5 + 1)
+        losses.append(loss.clone())
+    return [torch.stack(losses), *(value.float() for value in network.state_dict().values())]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_recorded_step_is_the_step(name, device, note):
+    from diptych.training.muon import Muon
+
+    def make(network: torch.nn.Module, rate: torch.Tensor) -> torch.optim.Optimizer:
+        if name == "muon":
+            return Muon(network.named_parameters(), rate)
+        on_gpu = device.startswith("cuda")
+        return torch.optim.AdamW(network.parameters(), lr=rate, fused=True, capturable=on_gpu)
+
+    recorded, plain = (steps_taken(device, enabled, make) for enabled in (True, False))
+    apart = max(float((a - b).abs().max()) for a, b in zip(recorded, plain, strict=True))
+    moved = float(plain[0][0] - plain[0][-1])
+    note(optimizer=name, apart=apart, loss_fell_by=moved)
+    assert moved > 0.01
+    assert apart < 1e-3

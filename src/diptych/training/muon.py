@@ -30,12 +30,13 @@ class Muon(torch.optim.Optimizer):
 
     With several `workers` each turns its share of the matrices; gradients are averaged already.
     Names that contain one of `plain` go by Adam as well: layers next to inputs and outputs.
+    With `lr` in a tensor a step asks the device for nothing, and a CUDA graph can record it.
     """
 
     def __init__(
         self,
         named: Iterable[tuple[str, nn.Parameter]],
-        lr: float,
+        lr: float | Tensor,
         *,
         weight_decay: float = 0.01,
         momentum: float = 0.95,
@@ -83,7 +84,8 @@ class Muon(torch.optim.Optimizer):
                 steps[index] = matrix.reshape_as(lookahead[index])
         self._workers.add_up(steps)
         scales = [_AS_ADAMW * max(_as_matrix(p).shape) ** 0.5 for p in parameters]
-        torch._foreach_mul_(steps, [-group["lr"] * scale for scale in scales])
+        torch._foreach_mul_(steps, scales)
+        torch._foreach_mul_(steps, -group["lr"])
         torch._foreach_mul_([*parameters], 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_([*parameters], steps)
 
@@ -91,24 +93,32 @@ class Muon(torch.optim.Optimizer):
         for parameter in parameters:
             if "exp_avg" not in self.state[parameter]:
                 self.state[parameter] = {
-                    "step": torch.zeros(()),
+                    "step": torch.zeros((), device=parameter.device),
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
+        for parameter in parameters:  # a state that was read from a file may lie elsewhere
+            self.state[parameter]["step"] = self.state[parameter]["step"].to(parameter.device)
         states = [self.state[parameter] for parameter in parameters]
         gradients = [p.grad for p in parameters if p.grad is not None]
         first, second = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
         torch._foreach_lerp_(first, gradients, 1 - _BETAS[0])
         torch._foreach_mul_(second, _BETAS[1])
         torch._foreach_addcmul_(second, gradients, gradients, 1 - _BETAS[1])
-        for state in states:
-            state["step"] += 1
-        steps = [float(state["step"]) for state in states]
-        spread = torch._foreach_div(second, [1 - _BETAS[1] ** step for step in steps])
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        # What is missing of averages that began at zero.
+        shorter = [torch._foreach_pow(beta, steps) for beta in _BETAS]
+        for short in shorter:
+            torch._foreach_neg_(short)
+            torch._foreach_add_(short, 1)
+        spread = torch._foreach_div(second, shorter[1])
         spread = torch._foreach_sqrt(spread)
         torch._foreach_add_(spread, _EPS)
-        factors = [-group["lr"] / (1 - _BETAS[0] ** step) for step in steps]
-        torch._foreach_addcdiv_([*parameters], first, spread, factors)
+        moves = torch._foreach_div(first, spread)
+        torch._foreach_div_(moves, shorter[0])
+        torch._foreach_mul_(moves, -group["lr"])
+        torch._foreach_add_([*parameters], moves)
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:

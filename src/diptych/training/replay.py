@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class Replay:
         self.enabled = enabled and torch.device(device).type == "cuda"
         if self.enabled:
             self._pool = torch.cuda.graph_pool_handle()
-            self._stream = torch.cuda.Stream()
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def __call__(self, step: Step) -> Step:
         """Return `step`, recorded at its fourth call; the next call overwrites what it returned."""
@@ -59,7 +60,7 @@ class _Recorded:
     """Hold one graph, the tensors it reads and the tensors it writes."""
 
     def __init__(
-        self, step: Step, inputs: tuple[Tensor, ...], pool: object, stream: torch.cuda.Stream
+        self, step: Step, inputs: tuple[Tensor, ...], pool: Any, stream: torch.cuda.Stream
     ) -> None:
         self._inputs = tuple(each.clone() for each in inputs)
         self._graph = torch.cuda.CUDAGraph()
