@@ -34,7 +34,7 @@ def main() -> None:
         prompts = evaluation_prompts(COUNT, SEED)
         options = {**config["defaults"], "seed": 0, "width": 128, "height": 128}
         texts = [each.prompt for each in prompts]
-        drawn = list(generator.images(texts, on_error="raise", **options))
+        drawn = list(generator.images(texts, on_error="raise", batch_size=50, **options))
     found = report(prompts, [each.image for each in drawn]).as_dict()
     overall = {name: round(score["share"], 4) for name, score in found["overall"].items()}
     Log(Path(config["output"]) / "judge.jsonl").write(prompts=COUNT, **overall)
