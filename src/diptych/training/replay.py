@@ -41,9 +41,10 @@ class Replay:
             calls[shapes] = calls.get(shapes, 0) + 1
             if calls[shapes] <= _EAGER:
                 return self._eager(step, inputs)
-            if shapes not in recorded:
-                recorded[shapes] = _Recorded(step, inputs, self._pool, self._stream)
-            return recorded[shapes].replay(inputs)
+            if shapes in recorded:
+                return recorded[shapes].replay(inputs)
+            recorded[shapes] = _Recorded(step, inputs, self._pool, self._stream)
+            return recorded[shapes].first()
 
         return replayed
 
@@ -66,6 +67,11 @@ class _Recorded:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool, stream=stream):
             self._outputs = step(*self._inputs)
+
+    def first(self) -> tuple[Tensor, ...]:
+        # Not a copy of the inputs again: the backward of a step to come may be recorded from them.
+        self._graph.replay()
+        return self._outputs
 
     def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         for mine, given in zip(self._inputs, inputs, strict=True):
