@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diptych import ImageGenerator
+import pytest
+
+from diptych import Captioner, ImageGenerator
+from diptych.errors import UnsupportedModel
 from diptych.evaluation.adherence import report
 from diptych.evaluation.image_metrics import psnr
 from diptych.evaluation.scenes import evaluation_prompts
@@ -34,7 +37,19 @@ def test_four_steps_show_what_a_sentence_says() -> None:
     }
     scored = report(prompts, [made.image for made in drawn]).as_dict()["overall"]
     assert scored["object + colour"]["share"] >= 0.7  # 0.64 is what plain steps get, on 300
+    with pytest.raises(UnsupportedModel, match="load it with runtime='torch'") as refused:
+        turbo.generate("red", reuse_interval=2)
+    assert "export" not in str(refused.value)  # which would not help
     again = ImageGenerator.load("default-turbo", runtime="torch").generate(
         prompts[0].prompt, seed=0
     )
     assert psnr(again.image, drawn[0].image) > 40
+
+
+def test_captions_of_the_sample_photos() -> None:
+    """A photo of an animal is named, and what the model has never seen is less believed."""
+    photos = Path(__file__).parents[2] / "examples" / "photos"
+    captioner = Captioner.load("default")
+    cat, coffee = (captioner.caption(photos / f"{name}.jpg") for name in ("chelsea", "coffee"))
+    assert "cat" in cat.text.split()
+    assert coffee.probability < 0.45 < cat.probability

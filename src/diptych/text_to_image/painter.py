@@ -129,9 +129,11 @@ class Painter:
         """Raise `BadInput` or `UnsupportedModel` for what this model cannot be asked for."""
         self.steps(options)
         if options.reuse_interval > 1 and "unet_shallow" not in self._networks:
+            # An export holds one shallow network: that of its weights without a LoRA.
+            mend = "" if self._model.lora else "export it anew, or "
             raise UnsupportedModel(
-                f"{self._model.name} has no unet_shallow.onnx, which reuse_interval needs: export "
-                "it anew, or load it with runtime='torch'"
+                f"{self._model.name} has no unet_shallow.onnx, which reuse_interval needs: {mend}"
+                "load it with runtime='torch'"
             )
         if options.token_merging_ratio and self._networks.runtime != "torch":
             raise UnsupportedModel(
