@@ -54,6 +54,9 @@ class Hub:
         commit = next(c for c, f in revisions.items() if f == folder and len(c) == 40)
         if parts[0] == "api":
             return self.reply(request, 200, self.listing(parts[4], folder, commit, model), {})
+        if not folder.joinpath(*parts[4:]).is_file():
+            headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}
+            return self.reply(request, 404, b"", headers)
         data = folder.joinpath(*parts[4:]).read_bytes()
         headers = {
             "ETag": f'"{hashlib.sha1(data).hexdigest()}"',

@@ -52,11 +52,13 @@ def errors(config: dict[str, Any]) -> dict[str, float]:
     rng = np.random.default_rng(SEED)
     drawn = [sample_scene(rng, held=True) for _ in range(SCENES)]
     pictures = np.stack([np.asarray(render(scene, rng)[0]) for scene in drawn])
-    latents, _ = encode(trained(config, device), [Captioned(pictures, [])], device)
+    texts = [sentence(scene) for scene in drawn]
+    parts = [Captioned(pictures, [[text] for text in texts])]
+    latents, _ = encode(trained(config, device), parts, device)
     mean, std = statistics(config)
     latents = ((latents - mean[:, None, None]) / std[:, None, None]).to(device)
     tokenizer = load_tokenizer(config)
-    ids = torch.tensor([tokenizer.encode(sentence(scene)) for scene in drawn], device=device)
+    ids = torch.tensor([tokenizer.encode(text) for text in texts], device=device)
     painter = painted(config).to(device)
     abar = torch.from_numpy(NoiseSchedule(schedule_config(config)).alphas_cumprod).float()
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(SEED)).to(device)

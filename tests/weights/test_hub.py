@@ -16,7 +16,7 @@ import pytest
 from diptych.errors import BadInput, UnknownModel, UnsupportedModel
 from diptych.weights import catalog, hub
 from diptych.weights.catalog import available_models
-from diptych.weights.hub import resolve
+from diptych.weights.hub import resolve, resolve_file
 from hub_server import Hub, served_hub
 
 PINNED = "dc68f91c06a1ba6f15268e5b9c13ae7a7c514084"
@@ -389,3 +389,40 @@ def test_what_is_fetched_of_an_artifact() -> None:
     assert sorted(found) == sorted(files)
     shards = ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
     assert hub._needed([*shards, "pytorch_model.bin", "model.fp16.safetensors"], "x") == shards
+
+
+# Single files.
+
+
+def test_file_here_comes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = Path("owner/model/alex.pth")
+    here.parent.mkdir(parents=True)
+    here.write_bytes(b"mine")
+    assert resolve_file("owner/model/alex.pth").read_bytes() == b"mine"
+    with pytest.raises(UnknownModel, match=r"no file other\.pth: give one, or owner/name/file"):
+        resolve_file("other.pth")
+
+
+def test_file_of_the_hub_is_fetched_once(online: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "served"
+    (folder / "nets").mkdir(parents=True)
+    (folder / "nets" / "alex.safetensors").write_bytes(b"weights")
+    online.models["owner/model"] = {"main": folder, OTHER: folder}
+    name = "owner/model/nets/alex.safetensors"
+    assert resolve_file(name).read_bytes() == b"weights"
+    online.broken = 503
+    assert resolve_file(name).read_bytes() == b"weights"
+    with pytest.raises(UnknownModel, match=r"not in the cache .* give a file"):
+        resolve_file("owner/model/nets/other.safetensors")
+
+
+def test_file_or_model_that_the_hub_lacks(online: Hub, checkpoint: Path) -> None:
+    online.models["owner/model"] = {"main": checkpoint, OTHER: checkpoint}
+    with pytest.raises(UnknownModel, match=r"owner/model has no file alex\.pth on the hub"):
+        resolve_file("owner/model/alex.pth")
+    with pytest.raises(UnknownModel, match="the hub has no owner/nothing that you may read"):
+        resolve_file("owner/nothing/alex.pth")
+    for name in ("owner/../alex.pth", "owner/model/../../alex.pth", "owner", ""):
+        with pytest.raises(UnknownModel, match="give one, or owner/name/file of the hub"):
+            resolve_file(name)

@@ -34,8 +34,11 @@ def evaluate_style(
     options: Any,
     loading: Loading,
     alexnet: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Weights of torchvision's AlexNet to measure with; else statistics."),
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Weights of torchvision's AlexNet to measure with: a file, or owner/name/file of "
+            "the hub; else statistics."
+        ),
     ] = None,
     format: Output = Format.text,
 ) -> None:

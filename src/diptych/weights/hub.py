@@ -22,12 +22,13 @@ from diptych.weights import catalog
 from diptych.weights.files import ModelFolder, describe
 from diptych.weights.generator_files import GeneratorFolder
 
-__all__ = ["Kind", "resolve", "resolve_kind"]
+__all__ = ["Kind", "resolve", "resolve_file", "resolve_kind"]
 
 logger = logging.getLogger("diptych")
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}")
+_FILE = re.compile(_MODEL_ID.pattern + r"/[A-Za-z0-9_][A-Za-z0-9_./-]{0,255}")
 _BRANCH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,127}")
 
 _BESIDE = frozenset(
@@ -110,6 +111,42 @@ def resolve_kind(
     wanted = revision or (known.revision if known else None)
     found = _cached(kind, model_id, name, wanted, asked=revision is not None)
     return found or _fetch(kind, model_id, name, wanted or "main", progress)
+
+
+def resolve_file(name_or_path: str | os.PathLike[str]) -> Path:
+    """Return a file here, or one of the hub (`owner/name/file`), fetched if need be.
+
+    Raises `UnknownModel` where there is neither, `BadInput` where it cannot be stored.
+    """
+    from huggingface_hub import errors, hf_hub_download
+
+    name = os.fspath(name_or_path)
+    path = Path(os.path.expanduser(name))  # noqa: PTH111
+    if path.is_file():
+        return path
+    if not _FILE.fullmatch(name) or ".." in name or isinstance(name_or_path, Path):
+        raise UnknownModel(f"there is no file {name}: give one, or owner/name/file of the hub.")
+    owner, repository, file = name.split("/", 2)
+    model_id = f"{owner}/{repository}"
+    try:
+        with _quiet(progress=False):
+            found = hf_hub_download(model_id, file, cache_dir=catalog.cache_folder())
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise UnknownModel(
+            f"there is no file {name}, and the hub has no {model_id} that you may read."
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise UnknownModel(
+            f"there is no file {name}, it is not in the cache ({catalog.cache_folder()}), and the "
+            "hub cannot be reached: load it once with a connection, or give a file."
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise UnknownModel(f"{model_id} has no file {file} on the hub.") from error
+    except OSError as error:
+        raise BadInput(
+            f"{name} cannot be fetched to {catalog.cache_folder()}: {error.strerror or error}."
+        ) from error
+    return Path(found)
 
 
 def _no_default(kind: Kind[Found]) -> str:
