@@ -39,19 +39,20 @@ OpenVINO when they were measured; now it computes in float32 there, unless bfloa
     "generate_speed": """Across the types, on the Intel Xeon: a step of ours in bfloat16 takes
 0.24 of diffusers' in float32 (4.2 times as fast), decoding 0.19 (5.1 times); pictures are at 42 dB.
 """,
-    "gpu_speed": """Two runs of minutes on cards of one kind, with weights of random numbers. Where a case was run twice,
-the second run stands; what it had no time for is of the first.
+    "gpu_speed": """Two runs of minutes on cards of one kind, with weights of random numbers.
+
+Where a case was run twice, the second run stands; what it had no time for is of the first.
 
 - **Faster than the reference:** the UNet step of SD 1.5 in both 16-bit types, a LoRA step, and
   captions of one picture.
-- **As fast:** decoding a picture (1.01 times diffusers' speed). It was 0.80 before the autoencoder was
-  laid out channels first.
-- **Slower:** greedy captions of 32 pictures, 0.82 times transformers' speed in the second run, on a
-  machine whose processor took 1.3 to 1.7 times as long for transformers' own captions as in the first,
-  where it was 0.92. Between the two runs the search for words moved to the card; that it got no better
-  says that the search was not what it waits for. What it is, is not known.
-- **Of the code before:** 32 pictures with 4 beams (0.36 times transformers'). Whole rows of logits went
-  to the CPU at every word then. The second run had no time left for it.
+- **As fast:** decoding a picture (1.01 times diffusers' speed). It was 0.80 before the
+  autoencoder was laid out channels first.
+- **Slower:** greedy captions of 32 pictures, 0.82 times transformers' speed in the second run, on
+  a machine whose processor took 1.3 to 1.7 times as long for transformers' own captions as in the
+  first, where it was 0.92. Between the two runs the search for words moved to the card; that it
+  got no better says that the search was not what it waits for. What it is, is not known.
+- **Of the code before:** 32 pictures with 4 beams (0.36 times transformers'). Whole rows of logits
+  went to the CPU at every word then. The second run had no time left for it.
 - **Not measured:** compiled blocks and a LoRA step with gradient checkpointing. Both ran out of the
   time that the script gave them: compiling took more than 60 s.
 
