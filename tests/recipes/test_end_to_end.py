@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -19,6 +20,10 @@ from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
+_spec = importlib.util.spec_from_file_location("ablations", RECIPES / "ablations.py")
+ablations = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(ablations)
+
 WAIT_S = 300
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), "grey": (90,) * 3}
 THINGS = ("dog", "cat", "ball", "tree", "boat")
@@ -135,24 +140,10 @@ def data(tmp_path_factory):
 def config(recipe: str, small: dict[str, Any], data: Path, output: Path) -> Path:
     """Write the recipe's own config, made small, and return where."""
     words = tomllib.loads((RECIPES / recipe / "config.toml").read_text(encoding="utf-8"))
-    words |= {"data": str(data), "output": str(output)}
-    lines = []
-    for name, value in words.items():
-        if not isinstance(value, dict):
-            lines.append(f"{name} = {toml(value)}")
-    for name, value in words.items():
-        if isinstance(value, dict):
-            lines.append(f"[{name}]")
-            lines += [f"{key} = {toml(v)}" for key, v in (value | small.get(name, {})).items()]
+    ablations.merge(words, {"data": str(data), "output": str(output), **small})
     path = output.with_suffix(".toml")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text(ablations.toml(words), encoding="utf-8")
     return path
-
-
-def toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {toml(each)}" for key, each in value.items()) + " }"
-    return json.dumps(value)
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -228,6 +219,39 @@ def test_captioner_from_pictures_to_shipped_files_with_kills(data, tmp_path):
     for runtime in ("onnxruntime", "torch"):
         captioner = Captioner.load(killed / "shipped", runtime=runtime)
         assert isinstance(captioner.caption(photo).text, str)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_stages_that_are_for_ablations_alone(data, tmp_path):
+    runs, output = Runs(tmp_path / "log.txt"), tmp_path / "run"
+    plan = tomllib.loads((RECIPES / "default_captioner" / "ablations.toml").read_text())
+    few = {"steps": 3, "batch_size": 8, "warmup_steps": 1}
+    small = {**CAPTIONER, "text": {**plan["common"]["text"], **few}}
+    small["otherwise"] = {**plan["common"]["otherwise"], **few, "image_size": 32}
+    small["train"] = {**CAPTIONER["train"], "epochs": 1}
+
+    def run(stage: str, **changes: dict[str, Any]) -> None:
+        words = {
+            name: {**small.get(name, {}), **changes.get(name, {})} for name in {*small, *changes}
+        }
+        path = config("default_captioner", words, data, output)
+        runs.finish([sys.executable, f"recipes/default_captioner/{stage}.py", str(path)])
+
+    run("tokenizer")
+    run("text")
+    for kind in ("masked", "contrast"):
+        run("otherwise", otherwise={"kind": kind})
+        names = load_file(output / "pretrain.safetensors")
+        assert any(name.startswith("average.encoder.") for name in names)
+    run("train")  # from what both of them left
+    first = output / "best.safetensors"
+    first.rename(output / "teacher.safetensors")
+    (output / "train.safetensors").unlink()
+    teachers = {"teachers": [str(output / "teacher.safetensors")], "teachers_share": 0.5}
+    run("train", train={**teachers, "things": 0})
+    losses = [json.loads(row)["loss"] for row in (output / "train.jsonl").read_text().splitlines()]
+    assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)
 
 
 @pytest.mark.slow

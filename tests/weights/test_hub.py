@@ -426,3 +426,21 @@ def test_file_or_model_that_the_hub_lacks(online: Hub, checkpoint: Path) -> None
     for name in ("owner/../alex.pth", "owner/model/../../alex.pth", "owner", ""):
         with pytest.raises(UnknownModel, match="give one, or owner/name/file of the hub"):
             resolve_file(name)
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "said"),
+    [
+        (OSError(errno.ENOSPC, "full"), BadInput, "owner/model cannot be stored in .* Make room"),
+        (ConnectionResetError("gone"), UnknownModel, r"cannot be fetched \(ConnectionResetError\)"),
+    ],
+)
+def test_file_that_breaks_off(
+    failure: Exception, kind: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> str:
+        raise failure
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", broken)
+    with pytest.raises(kind, match=said):
+        resolve_file("owner/model/alex.pth")

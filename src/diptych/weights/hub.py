@@ -142,9 +142,11 @@ def resolve_file(name_or_path: str | os.PathLike[str]) -> Path:
         ) from error
     except errors.EntryNotFoundError as error:
         raise UnknownModel(f"{model_id} has no file {file} on the hub.") from error
-    except OSError as error:
-        raise BadInput(
-            f"{name} cannot be fetched to {catalog.cache_folder()}: {error.strerror or error}."
+    except _failures() as error:
+        if (unstored := _unstored(model_id, error)) is not None:
+            raise unstored from error
+        raise UnknownModel(
+            f"{name} cannot be fetched ({type(error).__name__}): try again, or give a file."
         ) from error
     return Path(found)
 
@@ -223,11 +225,6 @@ def _fetch(kind: Kind[Found], model_id: str, name: str, revision: str, progress:
     if constants.HF_HUB_OFFLINE:
         return _without_network(kind, model_id, name, revision, "HF_HUB_OFFLINE is set")
     page = f"https://huggingface.co/{model_id}"
-    failures = (
-        OSError,
-        getattr(errors, "HTTPError", OSError),
-        getattr(errors, "XetDownloadError", OSError),
-    )
     try:
         with _quiet(progress):
             info = HfApi().model_info(model_id, revision=revision)
@@ -250,17 +247,31 @@ def _fetch(kind: Kind[Found], model_id: str, name: str, revision: str, progress:
             f"{name!r} is no folder here, and the hub has no such model that you may read. "
             f"{_advice(kind, name)}"
         ) from error
-    except failures as error:
-        number = getattr(error, "errno", None)
-        if number in (errno.ENOSPC, errno.EACCES, errno.EROFS):
-            reason = os.strerror(number)
-            raise BadInput(
-                f"{model_id} cannot be stored in {catalog.cache_folder()}: {reason}. Make room, or "
-                "set HF_HOME to another folder."
-            ) from error
+    except _failures() as error:
+        if (unstored := _unstored(model_id, error)) is not None:
+            raise unstored from error
         reason = f"the hub cannot be reached ({type(error).__name__})"
         return _without_network(kind, model_id, name, revision, reason, error)
     return kind.describe(Path(folder), name, Path(folder).name)
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """Return what huggingface_hub raises where a connection or a disk fails."""
+    from huggingface_hub import errors
+
+    names = ("HTTPError", "XetDownloadError")  # not in all of its versions
+    return (OSError, *(getattr(errors, name, OSError) for name in names))
+
+
+def _unstored(model_id: str, error: Exception) -> BadInput | None:
+    """Return what to say where the cache cannot be written, None for other failures."""
+    number = getattr(error, "errno", None)
+    if number not in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+        return None
+    return BadInput(
+        f"{model_id} cannot be stored in {catalog.cache_folder()}: {os.strerror(number)}. Make "
+        "room, or set HF_HOME to another folder."
+    )
 
 
 def _without_network(
