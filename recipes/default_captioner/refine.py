@@ -4,7 +4,7 @@
 
 Several captions are drawn a photo; each is judged against the mean of its siblings, so that the
 better ones become likelier. The end of a sentence counts as a word, else captions that break off in
-the middle would win. Starts from the best checkpoint of stage 3.
+the middle would win. Starts from the best checkpoint of stage 3, or from what `start` names.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from captioning import (
 )
 from diptych.evaluation.caption_metrics import CiderD, tokenize_words
 from diptych.text import Gpt2Tokenizer
+from diptych.training.memory import bound_kernel_cache
 from diptych.training.replay import Replay, set_rate
 from diptych.training.state import (
     Average,
@@ -50,7 +51,7 @@ from diptych.training.state import (
     save_state,
 )
 from pretrain import adamw
-from things import things, viewed
+from things import coded, things, viewed
 
 END = "<end>"
 
@@ -99,15 +100,17 @@ def main(config: dict[str, Any]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config["seed"])
     torch.backends.cudnn.benchmark = True
+    bound_kernel_cache()
     train, val = train.to(device), val.to(device)
     alone = tokenized(things(Path(config["data"])), tokenizer).to(device)
+    coarse = coded(train.pixels.cpu()).to(device)
 
     # Without dropout: what is drawn and what is learnt from must be the same distribution.
     model = new_model(config).to(device)
-    start = read_average(output / "best.safetensors")
-    model.load_state_dict(
-        {k.removeprefix("model."): v for k, v in start.items() if k.startswith("model.")}
-    )
+    start = read_average(Path(options.get("start", output / "best.safetensors")))
+    names = model.state_dict().keys()  # stage 3 has a second head beside the model
+    start = {name.removeprefix("model."): value for name, value in start.items()}
+    model.load_state_dict({name: start[name] for name in names})
     model.encoder.to(memory_format=torch.channels_last)
     average = Average(model, options["ema_decay"])
     optimizer = adamw(decayed(model.named_parameters(), 0.0), device, (0.9, 0.98))
@@ -164,7 +167,12 @@ def main(config: dict[str, Any]) -> None:
         for index in range(per_epoch):
             photos, further = order[index * count :][:count], others[index]
             pixels = viewed(
-                train.pixels[photos.to(device)], alone.pixels[further], size, options, draws
+                train.pixels[photos.to(device)],
+                coarse[photos.to(device)],
+                alone.pixels[further],
+                size,
+                options,
+                draws,
             )
             (written,) = draw(pixels)
             rows = told(written)

@@ -7,17 +7,22 @@ those photos say them better.
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-from pictures import Captioned, captioned, captioned_rows, tiny_imagenet, views
+from pictures import Captioned, as_planes, captioned, captioned_rows, tiny_imagenet, views
 
 SIDE = 64  # pixels
+QUALITIES = (40, 55, 70, 85)  # of WebP: a thousand bytes a picture, as Tiny-ImageNet has them
+FINEST = 64  # cells a side that a hybrid takes from the thing, at most; a half at least
 
 PHRASES = {
     "Egyptian cat": ["a cat", "a grey cat is looking at the camera"],
@@ -183,20 +188,61 @@ def things(data: Path) -> Captioned:
     return Captioned(torch.cat([labelled.pixels[rows], flowers.pixels]), captions)
 
 
-def viewed(
-    photos: Tensor, alone: Tensor, size: int, options: dict[str, Any], generator: torch.Generator
-) -> Tensor:
-    """Cut views of photos and, behind them, of things; `blurred` of the photos are as coarse.
+def coded(pixels: Tensor) -> Tensor:
+    """Store photos [N, 3, H, W] uint8 as small and as coarse as Tiny-ImageNet is: 64 x 64, WebP."""
+    pictures = []
+    for row, photo in enumerate(pixels):
+        small = F.interpolate(
+            photo[None].float(), (SIDE, SIDE), mode="bilinear", antialias=True
+        ).round()
+        file = io.BytesIO()
+        picture = Image.fromarray(small[0].byte().permute(1, 2, 0).numpy())
+        picture.save(file, "WEBP", quality=QUALITIES[row % len(QUALITIES)])
+        pictures.append(np.asarray(Image.open(file).convert("RGB")))
+    return as_planes(pictures)
 
-    Else to be coarse would be what gives things away. `generator` lives where the pictures do.
+
+def viewed(
+    photos: Tensor,
+    coarse: Tensor,
+    alone: Tensor,
+    size: int,
+    options: dict[str, Any],
+    generator: torch.Generator,
+) -> Tensor:
+    """Cut views of photos and, behind them, of things; what is coarse must not give things away.
+
+    The first `blurred` of the photos are seen as `coded`. The first `detailed` of the things get
+    their fine structure from photos, which hides what their codec left: hybrid images (Oliva et al.
+    2006). `generator` lives where the pictures do.
     """
-    pixels = views(photos, size, options["smallest_crop"], generator)
+    few = round(options["blurred"] * len(photos)) if len(alone) else 0
+    crop = options["smallest_crop"]
+    pixels = views(photos[few:], size, crop, generator)
     if len(alone):
-        coarse = F.interpolate(pixels, (SIDE, SIDE), mode="bilinear", antialias=True)
-        coarse = F.interpolate(coarse, (size, size), mode="bilinear")
-        drawn = torch.rand(len(pixels), generator=generator, device=pixels.device)
-        chosen = (drawn < options["blurred"])[:, None, None, None]
-        pixels = torch.where(chosen, coarse, pixels)
-        more = views(alone, size, options["smallest_crop"], generator)
-        pixels = torch.cat([pixels, more])
+        single = views(alone, size, crop, generator)
+        kept = round(options["detailed"] * len(alone))
+        hybrid = detailed(single[:kept], pixels[:kept], generator)
+        pixels = torch.cat(
+            [views(coarse[:few], size, crop, generator), pixels, hybrid, single[kept:]]
+        )
     return pixels.contiguous(memory_format=torch.channels_last)
+
+
+def detailed(single: Tensor, photos: Tensor, generator: torch.Generator) -> Tensor:
+    """Give views of things [B, 3, H, W] sharp edges, and the fine structure of as many photos.
+
+    The photos stand on their heads, so that nobody is to be seen in what they give.
+    """
+    side = int(torch.randint(FINEST * 5 // 8, FINEST + 1, ()))
+    shape, device = (2, len(single), 1, 1, 1), single.device
+    sharpened, strength = torch.rand(shape, generator=generator, device=device)
+    soft, photos = softened(single, side), photos.flip(2)
+    edges, fine = soft - softened(soft, side // 2), photos - softened(photos, side)
+    return (soft + sharpened * edges + strength * fine).clamp(-1, 1)
+
+
+def softened(pixels: Tensor, side: int) -> Tensor:
+    """Take the structure finer than `side` cells a picture out of [B, 3, H, W]."""
+    small = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
+    return F.interpolate(small, pixels.shape[2:], mode="bicubic")

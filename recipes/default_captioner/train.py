@@ -30,6 +30,7 @@ from captioning import (
     word_states,
 )
 from diptych.text import Gpt2Tokenizer
+from diptych.training.memory import bound_kernel_cache
 from diptych.training.replay import Replay, set_rate
 from diptych.training.state import (
     Average,
@@ -42,7 +43,7 @@ from diptych.training.state import (
     save_state,
 )
 from pretrain import adamw
-from things import things, viewed
+from things import coded, things, viewed
 
 COMMON = 60  # words so frequent that they say nothing of the picture
 NUM_WORDS = 600
@@ -104,10 +105,12 @@ def main(config: dict[str, Any]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config["seed"])
     torch.backends.cudnn.benchmark = True
+    bound_kernel_cache()
     tokenizer = Gpt2Tokenizer.load(output / "tokenizer.json")
     train, val = (read_split(config, tokenizer, training).to(device) for training in (True, False))
     targets_of_words = word_targets(train).to(device)
     alone = tokenized(things(Path(config["data"])), tokenizer).to(device)
+    coarse = coded(train.pixels.cpu()).to(device)
 
     pupil = Pupil(config, options["dropout"])
     pretrained = output / "pretrain.safetensors"
@@ -176,7 +179,14 @@ def main(config: dict[str, Any]) -> None:
         others = torch.randint(len(alone.captions), (per_epoch, few), generator=chance).to(device)
         for index in range(per_epoch):
             chosen, further = order[index * count :][:count], others[index]
-            pixels = viewed(train.pixels[chosen], alone.pixels[further], size, options, draws)
+            pixels = viewed(
+                train.pixels[chosen],
+                coarse[chosen],
+                alone.pixels[further],
+                size,
+                options,
+                draws,
+            )
             inputs, targets = (
                 torch.cat([photos[chosen], single[further]]).flatten(0, 1)
                 for photos, single in ((train.inputs, alone.inputs), (train.targets, alone.targets))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -36,7 +36,10 @@ def export(
     ] = None,
     calibration: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(help="Pictures that fix the ranges of int8 in a captioner's encoder."),
+        typer.Option(
+            help="What fixes the ranges of int8: pictures for a captioner's encoder, text files of "
+            "prompts, one a line, for a generator's UNet."
+        ),
     ] = None,
     references: Annotated[
         Optional[Path],  # noqa: UP045
@@ -65,7 +68,7 @@ def export(
 
     judge = None
     sources = [each.source for each in find_pictures(images)] if images else None
-    ranging = [each.source for each in find_pictures(calibration)] if calibration else None
+    ranging = _calibrating(calibration) if calibration else None
     if references is not None:
         from diptych.evaluation.captions import read_references
         from diptych.evaluation.exported import caption_judge
@@ -91,9 +94,28 @@ def export(
     complain(f"written to {folder}")
 
 
+def _calibrating(given: list[str]) -> list[Any]:
+    """Return the prompts of text files, or else pictures."""
+    from diptych.inputs import find_pictures
+
+    if not all(each.endswith(".txt") for each in given):
+        return [each.source for each in find_pictures(given)]
+    prompts: list[Any] = []
+    for each in given:
+        lines = [line.strip() for line in _text_in(Path(each)).splitlines()]
+        if not any(lines):
+            raise BadInput(f"{each} holds no prompt: write one a line")
+        prompts += [line for line in lines if line]
+    return prompts
+
+
 def _words_in(path: Path) -> list[str]:
+    return _text_in(path).split()
+
+
+def _text_in(path: Path) -> str:
     try:
-        return path.read_text("utf-8").split()
+        return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read: give a text file in UTF-8") from error
 

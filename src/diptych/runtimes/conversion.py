@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from diptych.errors import BadInput, UnsupportedModel
 from diptych.images import ImageInput, Preprocessing, preprocess
 from diptych.runtimes.network import require_torch
@@ -33,7 +36,7 @@ def export(
     quantize: str | None = None,
     profile: str | None = None,
     images: Sequence[ImageInput] | None = None,
-    calibration: Sequence[ImageInput] | None = None,
+    calibration: Sequence[ImageInput | str] | None = None,
     words: Sequence[str] | None = None,
     revision: str | None = None,
     force: bool = False,
@@ -46,11 +49,12 @@ def export(
     from the model where it is None; the name "default" means the captioner then. `quantize` stores
     weights smaller: None, "fp16", "int8" or "int4". `profile` "edge" makes a captioner as small as
     it goes: int4, the vocabulary cut to what captions use (or `words`), in all under 100 MB.
-    `images` are pictures to compare captions on; with `calibration` pictures int8 fixes the ranges
-    of what goes into a captioner's encoder, for speed on processors without 8-bit products. With
-    `measure` the model and its export run in a process each, for size, memory and speed before and
-    after. Returns the content of `export.json`. Raises `BadInput` for a folder that holds
-    something, and `QualityLoss` where a smaller model falls under its bound, unless `force`.
+    `images` are pictures to compare captions on; with `calibration` int8 fixes the ranges of what
+    goes into products: pictures for a captioner's encoder, prompts for a generator's UNet, which
+    is the only one that then multiplies in 8 bits. With `measure` the model and its export run in a
+    process each, for size, memory and speed before and after. Returns the content of `export.json`.
+    Raises `BadInput` for a folder that holds something, and `QualityLoss` where a smaller model
+    falls under its bound, unless `force`.
     """
     found: ModelFolder | GeneratorFolder
     _check_task(task)
@@ -88,7 +92,7 @@ def export_model(
     quantize: str | None = None,
     profile: str | None = None,
     images: Sequence[ImageInput] | None = None,
-    calibration: Sequence[ImageInput] | None = None,
+    calibration: Sequence[ImageInput | str] | None = None,
     words: Sequence[str] | None = None,
     force: bool = False,
     measure: bool = True,
@@ -105,9 +109,9 @@ def export_model(
         return _quantize_artifact(model, folder, quantize, images, calibration, force, judge)
     require_torch("exporting a model", "export")
     if isinstance(model, GeneratorFolder):
-        if any(each is not None for each in (images, calibration, words, profile)):
+        if any(each is not None for each in (images, words, profile)):
             raise BadInput(f"{model.name} draws pictures: leave images, words and profile out")
-        report = _export_generator(model, folder, quantize, force)
+        report = _export_generator(model, folder, quantize, calibration, force)
     else:
         report = _export_captioner(
             model, folder, quantize, profile, images, calibration, words, force, judge
@@ -139,7 +143,7 @@ def _quantize_artifact(
     folder: str | Path,
     quantize: str,
     images: Sequence[ImageInput] | None,
-    calibration: Sequence[ImageInput] | None,
+    calibration: Sequence[ImageInput | str] | None,
     force: bool,
     judge: Judge | None,
 ) -> dict[str, Any]:
@@ -162,7 +166,7 @@ def _quantize_artifact(
 def _pixels(
     preprocessing: Preprocessing,
     images: Sequence[ImageInput] | None,
-    calibration: Sequence[ImageInput] | None,
+    calibration: Sequence[ImageInput | str] | None,
     quantize: str | None,
 ) -> tuple[list[Any] | None, list[Any] | None]:
     """Read the pictures to compare on, and those to calibrate on."""
@@ -198,7 +202,7 @@ def _export_captioner(
     quantize: str | None,
     profile: str | None,
     images: Sequence[ImageInput] | None,
-    calibration: Sequence[ImageInput] | None,
+    calibration: Sequence[ImageInput | str] | None,
     words: Sequence[str] | None,
     force: bool,
     judge: Judge | None,
@@ -229,15 +233,42 @@ def _export_captioner(
 
 
 def _export_generator(
-    model: GeneratorFolder, folder: str | Path, quantize: str | None, force: bool
+    model: GeneratorFolder,
+    folder: str | Path,
+    quantize: str | None,
+    prompts: Sequence[Any] | None,
+    force: bool,
 ) -> dict[str, Any]:
     from diptych.runtimes.export_generator import export_generator
     from diptych.weights.load_generator import load_generator
 
+    calibration = None if prompts is None else _token_ids(model, prompts, quantize)
     modules = load_generator(model, device="cpu", dtype="float32")
     return export_generator(
-        modules, model, folder, precision=quantize or PRECISIONS[0], force=force
+        modules,
+        model,
+        folder,
+        precision=quantize or PRECISIONS[0],
+        calibration=calibration,
+        force=force,
     )
+
+
+def _token_ids(
+    model: GeneratorFolder, prompts: Sequence[Any], quantize: str | None
+) -> dict[str, NDArray[np.int64]]:
+    """Return the ids of `prompts` and of the empty one, [B + 1, T] by text encoder."""
+    if quantize != "int8" or not prompts or not all(isinstance(each, str) for each in prompts):
+        raise BadInput(
+            f"calibration of {model.name}, which draws pictures, is for int8 and needs prompts: "
+            f"there are {len(prompts)} values, and quantize is {quantize!r}"
+        )
+    found = {}
+    for name, files in model.tokenizers.items():
+        tokenizer = files.open()
+        ids = [tokenizer.encode(prompt) for prompt in (*prompts, "")]
+        found[name.replace("tokenizer", "text_encoder")] = np.array(ids, np.int64)
+    return found
 
 
 def tasks_of(model: str | Path, task: str | None = None) -> tuple[str, ...]:

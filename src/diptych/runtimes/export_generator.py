@@ -44,11 +44,19 @@ from diptych.runtimes.on_onnxruntime import open_generator_files
 from diptych.runtimes.on_torch_generator import generator_networks
 from diptych.runtimes.picture_agreement import (
     Sketch,
+    Words,
     compare_generators,
     compare_pictures,
     draw,
     sketch_for,
 )
+from diptych.runtimes.static_generator import (
+    ROUNDED,
+    describe_rounding,
+    find_ranges,
+    write_rounded,
+)
+from diptych.runtimes.static_quantize import Ranges
 from diptych.runtimes.storage import check_precision, shrink
 from diptych.runtimes.updates import updated
 from diptych.weights.diffusion import GeneratorFolder, copy_tokenizer
@@ -73,21 +81,29 @@ def export_generator(
     *,
     precision: str = "fp32",
     sketch: Sketch | None = None,
+    calibration: Words | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
     """Write `modules` as an artifact to `folder`; return the content of its `export.json`.
 
     `model` says how words and noise are treated. `precision` is how weights are stored: "fp32",
-    "fp16", "int8" or "int4"; all compute in float32. Pictures of both are compared as `sketch`
-    says, or over seeded ones. Raises `BadInput` for what cannot be exported or written, and
-    `QualityLoss` where a picture is too far from torch's, unless `force`.
+    "fp16", "int8" or "int4"; all compute in float32. With the words of prompts as `calibration`
+    the UNet of an int8 export multiplies in 8 bits, by the ranges seen while those are drawn.
+    Pictures of both are compared as `sketch` says, or over seeded ones. Raises `BadInput` for what
+    cannot be exported or written, and `QualityLoss` where a picture is too far from torch's, unless
+    `force`.
     """
     check_precision(precision)
     with _for_export(modules) as plain:
         configs = {name: _config(module) for name, module in plain.items()}
         sketch = sketch or sketch_for(configs)
         with staged(Path(folder)) as staging:
-            files = write_networks(plain, staging, precision=precision)
+            ranges = None
+            if calibration is not None:
+                unet = unet_graph(configs["unet"], _weights(plain["unet"]))
+                drawing = generator_networks(plain)
+                ranges = find_ranges(unet, drawing, configs, model.schedule, calibration, staging)
+            files = write_networks(plain, staging, precision=precision, ranges=ranges)
             for name, tokenizer in model.tokenizers.items():
                 copy_tokenizer(tokenizer, staging / name)
             source = {"name": model.name, "revision": model.revision}
@@ -106,6 +122,8 @@ def export_generator(
                 "source": source,
                 precision: _compare(plain, files, configs, model.schedule, sketch),
             }
+            if ranges is not None:
+                report[precision]["rounding"] = describe_rounding(ranges)
             write_json(staging / "export.json", report)
             _check_bound(precision, report[precision]["pictures"], force)
     _warn(folder, precision, report[precision]["pictures"])
@@ -113,9 +131,16 @@ def export_generator(
 
 
 def write_networks(
-    modules: Mapping[str, nn.Module], folder: Path, *, precision: str = "fp32"
+    modules: Mapping[str, nn.Module],
+    folder: Path,
+    *,
+    precision: str = "fp32",
+    ranges: Ranges | None = None,
 ) -> dict[str, Path]:
-    """Write every network of `modules` to `folder`; return their files."""
+    """Write every network of `modules` to `folder`; return their files.
+
+    With `ranges` the UNet's products are computed in 8 bits.
+    """
     writers: list[tuple[str, Callable[..., Graph]]] = [
         ("unet", unet_graph),
         ("unet", unet_shallow_graph),
@@ -130,7 +155,7 @@ def write_networks(
             files[name] = _write(graph, folder, precision)
     for name, write in writers:
         graph = write(_config(modules[name]), _weights(modules[name]))
-        files[graph.name] = _write(graph, folder, precision)
+        files[graph.name] = _write(graph, folder, precision, ranges)
     return files
 
 
@@ -165,12 +190,15 @@ def add_edition(
         write_json(staging / "artifact.json", {**document, "editions": editions})
 
 
-def _write(graph: Graph, folder: Path, precision: str) -> Path:
+def _write(graph: Graph, folder: Path, precision: str, ranges: Ranges | None = None) -> Path:
     path = network_path(folder, graph.name)
     rounded = precision in ("int8", "int4")
     stored = "fp16" if rounded and graph.name not in _ROUNDED else precision
     shared = SHARED_WEIGHTS.get(graph.name)
     weights_of = None if shared is None else network_path(folder, shared)
+    if ranges is not None and graph.name in ROUNDED:
+        write_rounded(graph, path, ranges, weights_of)
+        return path
     shrink(graph, stored).write(path, weights_of)
     return path
 

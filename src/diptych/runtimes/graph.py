@@ -21,7 +21,15 @@ from diptych.errors import UnsupportedModel
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Graph", "Shape", "Weights", "data_path", "read_network", "write_network"]
+__all__ = [
+    "Graph",
+    "Shape",
+    "Weights",
+    "data_path",
+    "read_network",
+    "share_weights",
+    "write_network",
+]
 
 Weights = Mapping[str, NDArray[Any]]
 Shape = Sequence[int | str]
@@ -131,7 +139,7 @@ class Graph:
         if weights_of is None:
             write_network(model, self.weights, path)
         else:
-            _share_weights(model, self.weights, weights_of)
+            share_weights(model, self.weights, weights_of)
             path.write_bytes(model.SerializeToString())
 
 
@@ -175,11 +183,12 @@ def write_network(model: onnx.ModelProto, weights: Weights, path: Path) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-def _share_weights(model: onnx.ModelProto, weights: Weights, path: Path) -> None:
+def share_weights(model: onnx.ModelProto, weights: Weights, path: Path) -> None:
     """Let `model` take its weights from where the network at `path` has them, if it has."""
     import onnx
     from onnx import numpy_helper
 
+    del model.graph.initializer[:]
     stored = {
         tensor.name: tensor
         for tensor in onnx.load(path, load_external_data=False).graph.initializer

@@ -15,12 +15,25 @@ from numpy.typing import NDArray
 
 from diptych.runtimes.network import OpenNetworks, check_wanted
 
-__all__ = ["Sketch", "compare_generators", "compare_pictures", "draw", "sketch_for"]
+__all__ = [
+    "Sketch",
+    "Words",
+    "compare_generators",
+    "compare_pictures",
+    "denoised",
+    "draw",
+    "sketch_for",
+    "sketch_of",
+]
 
+Array = Any
 Floats = NDArray[np.float32]
 Sketch = dict[str, Any]
 """What pictures are drawn from: `input_ids` [B + 1, T] by text encoder, the last row being the
 empty prompt, `latents` [B, c, h, w], `time_ids` [1, 6], `steps` and `guidance_scale`."""
+
+Words = Mapping[str, NDArray[np.int64]]
+"""Token ids [B + 1, T] by text encoder; the last row is the empty prompt."""
 
 _LARGEST = 32  # latents along an edge
 
@@ -41,11 +54,24 @@ def sketch_for(
         if name.startswith("text_encoder")
     }
     edge = min(int(configs["unet"]["sample_size"]), _LARGEST)
-    shape = (pictures, int(configs["vae"]["latent_channels"]), edge, edge)
-    vae = configs["vae"]
-    pixels = edge * vae.get("patch_size", 1) * 2 ** (len(vae["block_out_channels"]) - 1)
+    return sketch_of(words, configs, edge, random, steps=steps, guidance_scale=guidance_scale)
+
+
+def sketch_of(
+    words: Words,
+    configs: Mapping[str, Mapping[str, Any]],
+    edge: int,
+    random: np.random.Generator,
+    *,
+    steps: int,
+    guidance_scale: float,
+) -> Sketch:
+    """Return the sketch of `words`, `edge` latents wide and high."""
+    rows = len(next(iter(words.values()))) - 1
+    shape = (rows, int(configs["vae"]["latent_channels"]), edge, edge)
+    pixels = edge * _downsampling(configs["vae"])
     return {
-        "input_ids": words,
+        "input_ids": dict(words),
         "latents": random.standard_normal(shape).astype(np.float32),
         "time_ids": np.array([[pixels, pixels, 0, 0, pixels, pixels]], np.float32),
         "steps": steps,
@@ -59,12 +85,29 @@ def draw(
     schedule: Mapping[str, Any],
     sketch: Sketch,
 ) -> Floats:
-    """Draw the pictures of `sketch`, [B, 3, H, W] in [0, 1], by DDIM (Song et al. 2021)."""
+    """Draw the pictures of `sketch`, [B, 3, H, W] in [0, 1]."""
+    latents = denoised(networks, configs["unet"], schedule, sketch)
+    scaled = latents / configs["vae"]["scaling_factor"] + configs["vae"].get("shift_factor", 0.0)
+    pixels = networks.numpy(networks["vae_decoder"](latents=scaled)[0])
+    return ((pixels.clip(-1, 1) + 1) / 2).astype(np.float32, copy=False)
+
+
+def denoised(
+    networks: OpenNetworks,
+    unet: Mapping[str, Any],
+    schedule: Mapping[str, Any],
+    sketch: Sketch,
+    feeds: list[dict[str, NDArray[Any]]] | None = None,
+) -> Array:
+    """Take the noise of `sketch` away by DDIM (Song et al. 2021); `unet` is its config.
+
+    What the UNet is given at each step is appended to `feeds`.
+    """
     array, latents = networks.array, networks.array(sketch["latents"])
     alphas = _alphas(schedule)
-    inputs = _conditioning(networks, configs["unet"], sketch)
+    inputs = _conditioning(networks, unet, sketch)
     rows = len(sketch["latents"])
-    noise_channels = int(configs["unet"]["in_channels"]) - latents.shape[1]
+    noise_channels = int(unet["in_channels"]) - latents.shape[1]
     steps = [round(step) for step in np.linspace(len(alphas) - 1, 0, sketch["steps"])]
     for step, following in zip(steps, [*steps[1:], -1], strict=True):
         alpha, after = alphas[step], alphas[following] if following >= 0 else 1.0
@@ -72,16 +115,17 @@ def draw(
         if noise_channels > 0:  # an inpainting UNet also sees a mask and a picture
             mask = np.ones((rows, noise_channels, *given.shape[2:]), np.float32)
             given = np.concatenate([given, mask], axis=1)
-        twice = array(np.concatenate([given, given]))
-        at = array(np.full(2 * rows, step, np.float32))
-        made = networks["unet"](latents=twice, timestep=at, **inputs)[0]
+        own = {"latents": np.concatenate([given, given])}
+        own["timestep"] = np.full(2 * rows, step, np.float32)
+        if feeds is not None:
+            feeds.append({**own, **{name: networks.numpy(each) for name, each in inputs.items()}})
+        arrays = {name: array(each) for name, each in own.items()}
+        made = networks["unet"](**arrays, **inputs)[0]
         kind = schedule.get("prediction_type", "epsilon")
         guess = made[rows:] + (made[:rows] - made[rows:]) * sketch["guidance_scale"]
         clean, noise = _split(kind, latents, guess, alpha)
         latents = clean * math.sqrt(after) + noise * math.sqrt(1 - after)
-    scaled = latents / configs["vae"]["scaling_factor"] + configs["vae"].get("shift_factor", 0.0)
-    pixels = networks.numpy(networks["vae_decoder"](latents=scaled)[0])
-    return ((pixels.clip(-1, 1) + 1) / 2).astype(np.float32, copy=False)
+    return latents
 
 
 def compare_pictures(expected: Floats, found: Floats) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from diptych.runtimes.on_torch import best_device
 from diptych.training.checkpoints import Checkpoints, locked, write_whole
 from diptych.training.data import Advance, Dataset, prepare, write_captions
 from diptych.training.loop import Finished, fit
+from diptych.training.memory import bound_kernel_cache
 from diptych.training.options import CaptionerTrainOptions, GeneratorTrainOptions, TrainOptions
 from diptych.training.parallel import Workers
 from diptych.training.task import Task
@@ -233,6 +234,7 @@ def _run(
     reporting: Reporting | None,
 ) -> Iterator[_Run]:
     """Enter the folder of a run, alone; leave a note of what is done there."""
+    bound_kernel_cache()
     folder = folder.expanduser()
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder}: is a file: give a folder to write to")

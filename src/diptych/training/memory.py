@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import Any
 
@@ -9,9 +10,21 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["HALVES", "checkpoint_blocks"]
+__all__ = ["HALVES", "bound_kernel_cache", "checkpoint_blocks"]
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the words of `mixed_precision`
+
+_KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+
+
+def bound_kernel_cache() -> None:
+    """Let oneDNN keep 64 kernels at a time, unless the environment says otherwise; 1,024 by itself.
+
+    In bfloat16 on a processor each shape of a product is a kernel with room of its own, and
+    captions have many lengths: a training grew by 200 MB a step until it was killed. Counts only
+    before the first product of a process.
+    """
+    os.environ.setdefault(_KERNELS, "64")
 
 
 def checkpoint_blocks(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> int:
