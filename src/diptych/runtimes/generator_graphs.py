@@ -315,9 +315,10 @@ class _UNet:
             mixed = _attend(write, normed, context or normed, place, heads, taken)
             tokens = graph.add("Add", tokens, mixed)
         normed = write.norm(tokens, f"{path}.norm3", _LAYER_NORM_EPS)
-        wide = write.linear(normed, f"{path}.ff.net.0.proj")
-        value, gate = f"{path}.value", f"{path}.gate"
-        graph.add("Split", wide, to=[value, gate], axis=-1, num_outputs=2)
+        # Two products: cutting what one gives would copy it.
+        gated, half = f"{path}.ff.net.0.proj", len(write.source[f"{path}.ff.net.0.proj.bias"]) // 2
+        value = write.linear(normed, gated, slice(0, half))
+        gate = write.linear(normed, gated, slice(half, 2 * half))
         wide = graph.add("Mul", value, graph.add(".Gelu", gate))
         return graph.add("Add", tokens, write.linear(wide, f"{path}.ff.net.2"))
 

@@ -7,7 +7,8 @@ the bytes of its updates only.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -32,13 +33,14 @@ def updated(graph: Graph, name: str, updates: Mapping[str, tuple[Floats, Floats]
     made = Graph(name, inputs=graph.inputs, outputs=graph.outputs, weights={**graph.weights})
     transposed = {node.inputs[1] for node in graph.nodes if node.op == "MatMul"}
     used = {name for node in graph.nodes for name in node.inputs}
-    renamed = {f"{path}.weight": f"{path}.weight.updated" for path in updates}
-    if missing := sorted(renamed.keys() - used):
+    named = {f"{path}.weight": both for path, both in updates.items()}
+    cut = {piece: both for weight in named for piece, both in _pieces(weight, named[weight], used)}
+    if missing := sorted(named.keys() - used - {_whole(piece) for piece in cut}):
         raise UnsupportedModel(f"the {graph.name} has no {missing[0]} to be updated")
+    renamed = {weight: f"{weight}.updated" for weight in cut}
     widened = {name for node in graph.nodes for name in node.outputs}
     late: dict[str, list[Node]] = {}  # by the weight that has to be there first
-    for path, (down, up) in updates.items():
-        weight = f"{path}.weight"
+    for weight, (down, up) in cut.items():
         nodes = _sum(made, weight, down, up, transposed=weight in transposed)
         if weight in widened:
             late[weight] = nodes
@@ -49,6 +51,25 @@ def updated(graph: Graph, name: str, updates: Mapping[str, tuple[Floats, Floats]
         for output in node.outputs:
             made.nodes.extend(late.get(output, ()))
     return made
+
+
+def _pieces(
+    weight: str, both: tuple[Floats, Floats], used: Collection[str]
+) -> Iterator[tuple[str, tuple[Floats, Floats]]]:
+    """Yield the update of `weight`, or of each piece of its rows that is a weight by itself."""
+    down, up = both
+    if weight in used:
+        yield weight, both
+        return
+    starts = sorted(int(name.rpartition(".")[2]) for name in used if _whole(name) == weight)
+    for start, end in pairwise([*starts, len(up)]):
+        yield f"{weight}.{start}", (down, up[start:end])
+
+
+def _whole(name: str) -> str:
+    """Return the weight that `name` is a piece of, or `name`; a piece ends with its first row."""
+    weight, _, start = name.rpartition(".")
+    return weight if start.isdigit() else name
 
 
 def _sum(graph: Graph, weight: str, down: Floats, up: Floats, *, transposed: bool) -> list[Node]:
