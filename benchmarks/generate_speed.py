@@ -9,6 +9,8 @@ fresh processes. One part a question:
 
 - float32, bfloat16: a step with guidance (the UNet on two rows), the VAE, a picture of two steps
 - onnx: a step and the VAE from ONNX files in float32, in ONNX Runtime and in OpenVINO
+- int8: in OpenVINO, the UNet in 8 bits by ranges of two prompts and the rest in bfloat16, beside
+  diffusers in bfloat16 (or both in float32); how far the picture is from diffusers' in float32
 - memory: a process that imports, loads and draws; its peak, and how long each took
 - import: what `import` alone costs
 - embedded: the default generator, which needs no torch
@@ -43,9 +45,10 @@ from harness import machine, python, record, take_turns, whole_process
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-PARTS = ("float32", "bfloat16", "onnx", "memory", "import", "embedded", "cuda")
+PARTS = ("float32", "bfloat16", "onnx", "int8", "memory", "import", "embedded", "cuda")
 SIDES = ("ours", "diffusers")
 PROMPT = "a harbour at dawn, boats, calm water"
+CALIBRATION = ("a street in the rain, neon signs", "portrait of an old man, oil on canvas")
 EMBEDDED_PROMPT = "a red circle left of a blue square"
 Case = Callable[[], Any]
 
@@ -100,7 +103,7 @@ def _setting(options: argparse.Namespace, folder: Path) -> Setting:
         from diptych.runtimes.on_torch_widened import multiplies
 
         narrow = size if multiplies(_torch().bfloat16) else 64
-    if {"float32", "bfloat16", "onnx", "memory", "cuda"} & set(options.parts):
+    if {"float32", "bfloat16", "onnx", "int8", "memory", "cuda"} & set(options.parts):
         _silence()
         make_model(folder, quick=options.quick)
     return Setting(folder, tuple(options.sides), size, narrow, options.repeats)
@@ -170,15 +173,24 @@ def _make_full_size(folder: Path, scheduler: tuple[str, dict[str, Any]]) -> None
 # --- side by side ---------------------------------------------------------------------------------
 
 
-def side_by_side(setting: Setting, dtype: str) -> Iterator[dict[str, Any]]:
-    """Measure a step, the VAE and a small picture; both sides in turn."""
+def side_by_side(
+    setting: Setting, dtype: str, artifact: Path | None = None
+) -> Iterator[dict[str, Any]]:
+    """Measure a step, the VAE and a small picture; both sides in turn.
+
+    With `artifact` ours runs that in OpenVINO.
+    """
     torch = _torch()
     size = setting.size_for(dtype)
     tasks: dict[str, dict[str, Case]] = {"step": {}, "vae": {}, "picture": {}}
     for side in setting.sides:
         progress(f"{side}: loading {dtype}")
-        load = _ours if side == "ours" else _diffusers
-        for task, case in load(setting, dtype, size).items():
+        loaded = (
+            _diffusers(setting, dtype, size)
+            if side == "diffusers"
+            else _ours(setting, dtype, size, artifact)
+        )
+        for task, case in loaded.items():
             tasks[task][side] = case
     for task, cases in tasks.items():
         # A picture is made of what ran before: it needs no warming up, and is long enough.
@@ -202,6 +214,39 @@ def side_by_side(setting: Setting, dtype: str) -> Iterator[dict[str, Any]]:
             }
     tasks.clear()
     gc.collect()
+
+
+def int8(setting: Setting) -> Iterator[dict[str, Any]]:
+    """Measure the UNet in 8 bits and the rest in bfloat16, in OpenVINO.
+
+    In float32 where the processor has no bfloat16.
+    """
+    import diptych
+    from diptych.runtimes.on_torch_widened import multiplies
+
+    artifact = setting.folder / "int8"
+    if not artifact.exists():
+        progress("exporting in 8 bits")
+        words = {"quantize": "int8", "calibration": CALIBRATION, "measure": False, "force": True}
+        diptych.export(setting.folder, artifact, task="text-to-image", **words)
+        gc.collect()
+    dtype = "bfloat16" if multiplies(_torch().bfloat16) else "float32"
+    yield from side_by_side(setting, dtype, artifact)
+    size = setting.size_for(dtype)
+    made: dict[str, Any] = {}
+    for side in SIDES:
+        progress(f"{side}: a picture to compare")
+        loaded = (
+            _diffusers(setting, "float32", size)
+            if side == "diffusers"
+            else _ours(setting, dtype, size, artifact)
+        )
+        with _torch().inference_mode():
+            made[side] = loaded["picture"]()
+        del loaded
+        gc.collect()
+    told = {"task": "picture", "side": "ours", "beside": "diffusers float32", "size": size}
+    yield {**told, **_agreement(made, whole=True)}
 
 
 def onnx(setting: Setting) -> Iterator[dict[str, Any]]:
@@ -251,10 +296,11 @@ def _network(folder: Path, name: str, runtime: str) -> Any:
     return OnnxNetwork(folder / f"{name}.onnx", *io, opened, keep_memory=name == "unet")
 
 
-def _ours(setting: Setting, dtype: str, size: int) -> dict[str, Case]:
+def _ours(setting: Setting, dtype: str, size: int, artifact: Path | None = None) -> dict[str, Case]:
     from diptych import ImageGenerator
 
-    generator = ImageGenerator.load(setting.folder, runtime="torch", device="cpu", dtype=dtype)
+    model, runtime = (setting.folder, "torch") if artifact is None else (artifact, "openvino")
+    generator = ImageGenerator.load(model, runtime=runtime, device="cpu", dtype=dtype)
     networks, inputs, turn = generator.networks, _inputs(size, generator), count()
     progress(f"ours: {networks.reason}")
 
@@ -497,6 +543,7 @@ MEASURES: dict[str, Callable[[Setting], Iterator[dict[str, Any]]]] = {
     "float32": lambda setting: side_by_side(setting, "float32"),
     "bfloat16": lambda setting: side_by_side(setting, "bfloat16"),
     "onnx": onnx,
+    "int8": int8,
     "memory": memory,
     "import": imports,
     "embedded": embedded,

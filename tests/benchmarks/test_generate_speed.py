@@ -47,6 +47,15 @@ def test_both_sides_draw_the_same(
             assert each["difference"] < (1e-4 if each["dtype"] == "float32" else 0.1)
 
 
+def test_eight_bits_stay_close(script: ModuleType, tmp_path: Path) -> None:
+    words = "--quick --repeats 1 --size 64 --narrow-size 64 --parts int8"
+    *timed, picture = script.main([*words.split(), "--keep", str(tmp_path)])
+    assert [each["task"] for each in timed] == ["step", "step", "vae", "vae", "picture", "picture"]
+    assert 0.001 < timed[0]["difference"] < 0.3
+    assert picture["beside"] == "diffusers float32"
+    assert picture["psnr_db"] > 18
+
+
 def test_processes_tell_what_they_took(script: ModuleType, tmp_path: Path) -> None:
     words = "--quick --sides ours --repeats 1 --size 32 --narrow-size 32 --parts memory import"
     results = script.main([*words.split(), "--keep", str(tmp_path)])
