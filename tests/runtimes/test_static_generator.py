@@ -133,11 +133,12 @@ def test_what_a_generators_calibration_needs(tmp_path: Path) -> None:
     out = tmp_path / "out"
     wrong: list[dict[str, Any]] = [
         {"calibration": []},
+        {"calibration": "a cup"},
         {"calibration": [np.zeros((8, 8, 3), np.uint8)]},
         {"calibration": ["a cup"], "quantize": "fp16"},
     ]
     for words in wrong:
-        with pytest.raises(BadInput, match="is for int8 and needs prompts"):
+        with pytest.raises(BadInput, match="is for int8 and needs a list of prompts"):
             diptych.export("default", out, **{"task": "text-to-image", "quantize": "int8", **words})
     assert not out.exists()
 

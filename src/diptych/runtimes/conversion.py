@@ -258,10 +258,11 @@ def _token_ids(
     model: GeneratorFolder, prompts: Sequence[Any], quantize: str | None
 ) -> dict[str, NDArray[np.int64]]:
     """Return the ids of `prompts` and of the empty one, [B + 1, T] by text encoder."""
-    if quantize != "int8" or not prompts or not all(isinstance(each, str) for each in prompts):
+    are_texts = not isinstance(prompts, str) and all(isinstance(each, str) for each in prompts)
+    if quantize != "int8" or not prompts or not are_texts:
         raise BadInput(
-            f"calibration of {model.name}, which draws pictures, is for int8 and needs prompts: "
-            f"there are {len(prompts)} values, and quantize is {quantize!r}"
+            f"calibration of {model.name}, which draws pictures, is for int8 and needs a list of "
+            f"prompts: it is {str(prompts)[:60]!r}, and quantize is {quantize!r}"
         )
     found = {}
     for name, files in model.tokenizers.items():
