@@ -46,7 +46,8 @@ from diptych.models.vae import Vae, VaeConfig
 from diptych.models.vision_encoder_decoder import VisionEncoderDecoder, VisionEncoderDecoderConfig
 from diptych.models.vit import ViTConfig
 from diptych.runtimes.on_torch import torch_networks
-from diptych.runtimes.on_torch_generator import compile_blocks, generator_networks, lay_out
+from diptych.runtimes.on_torch_compiled import compile_generator
+from diptych.runtimes.on_torch_generator import generator_networks, lay_out
 from diptych.training.lora import add_updates, choose_layers, matrices
 from diptych.training.memory import checkpoint_blocks
 from harness import machine, take_turns
@@ -195,7 +196,7 @@ def compiled(setting: Setting, mode: str | None = None) -> Iterator[Row]:
     torch._dynamo.reset()
     plain, networks = (_ours(setting, dtype) for _ in range(2))
     networks.modules["unet"].load_state_dict(plain.modules["unet"].state_dict())
-    compile_blocks(networks.modules, mode=mode)
+    compile_generator(networks.modules, mode=mode)
     given = _inputs(setting, 2)
     start = time.perf_counter()
     networks["unet"](**given)

@@ -62,6 +62,7 @@ TORCH_LINE = (
     "weights.save_module",
     "runtimes.on_torch",
     "runtimes.on_torch_generator",
+    "runtimes.on_torch_compiled",
     "runtimes.on_torch_widened",
     "runtimes.export",
     "runtimes.export_generator",

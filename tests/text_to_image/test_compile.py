@@ -45,13 +45,13 @@ def test_compiled_blocks_draw_the_same_and_swap_loras(
     """The backend only counts: what is tested is what torch.compile is asked to compile."""
     from torch._dynamo.testing import CompileCounter
 
-    from diptych.runtimes.on_torch_generator import compile_blocks
+    from diptych.runtimes.on_torch_compiled import compile_generator
 
     plain = draw(generator)
     counter = CompileCounter()
     modules = generator.networks.modules
     assert modules is not None
-    blocks = compile_blocks(modules, backend=counter, fullgraph=True)
+    blocks = compile_generator(modules, backend=counter, fullgraph=True)
     assert np.abs(draw(generator) - plain).max() <= 1
     first = counter.frame_count
     assert 0 < first < blocks  # kinds, not blocks
@@ -78,7 +78,7 @@ def test_compiled_blocks_draw_the_same_and_swap_loras(
 def test_where_the_compiler_fails_pictures_are_made_without_it(
     generator: ImageGenerator, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from diptych.runtimes.on_torch_generator import compile_blocks
+    from diptych.runtimes.on_torch_compiled import compile_generator
 
     asked = []
 
@@ -91,7 +91,7 @@ def test_where_the_compiler_fails_pictures_are_made_without_it(
 
     plain, modules = draw(generator), generator.networks.modules
     assert modules is not None
-    compile_blocks(modules, backend=broken)
+    compile_generator(modules, backend=broken)
     with caplog.at_level("WARNING", logger="diptych"):
         assert (draw(generator) == plain).all()
         draw(generator)
@@ -102,11 +102,11 @@ def test_where_the_compiler_fails_pictures_are_made_without_it(
 
 
 def test_mistakes_of_a_block_are_no_failures_of_the_compiler(generator: ImageGenerator) -> None:
-    from diptych.runtimes.on_torch_generator import compile_blocks
+    from diptych.runtimes.on_torch_compiled import compile_generator
 
     modules = generator.networks.modules
     assert modules is not None
-    compile_blocks(modules, backend="eager")
+    compile_generator(modules, backend="eager")
     with pytest.raises(RuntimeError, match="channels"):
         generator.networks["vae_decoder"](latents=np.zeros((1, 7, 8, 8), np.float32))
 

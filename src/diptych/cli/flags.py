@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from importlib import import_module
-from typing import Annotated, Any, Optional, TypeVar, get_type_hints
+from typing import Annotated, Any, Optional, TypeVar, cast, get_type_hints
 
 import typer
 
@@ -14,6 +14,7 @@ from diptych.cli.terminal import Format
 
 __all__ = [
     "BatchSize",
+    "Compile",
     "Device",
     "Dtype",
     "Loading",
@@ -31,6 +32,10 @@ Revision = Annotated[Optional[str], typer.Option(help="Commit or branch of a hub
 Runtime = Annotated[str, typer.Option(help="auto, onnxruntime, openvino or torch.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Compile = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Compile the torch modules first: default, reduce-overhead, max-autotune."),
+]
 Task = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
@@ -55,16 +60,20 @@ class Loading:
     device: Device = "auto"
     dtype: Dtype = "auto"
     revision: Revision = None
+    compile: Compile = None
 
     def load(self, load: Callable[..., Loaded]) -> Loaded:
         """Load what these flags name, by `Captioner.load` or `ImageGenerator.load`."""
-        return load(
+        loaded: Any = load(
             self.model,
             runtime=self.runtime,
             device=self.device,
             dtype=self.dtype,
             revision=self.revision,
         )
+        if self.compile is not None:
+            loaded.compile(self.compile)
+        return cast(Loaded, loaded)
 
 
 # The classes of options, and where they are.

@@ -85,6 +85,20 @@ class Captioner:
         """Return the options that hold where the caller sets none: the model's own."""
         return CaptionOptions().resolve(self.model.generation)
 
+    def compile(self, mode: str | None = None) -> None:
+        """Let torch.compile make encoder and decoder faster; the first captions wait for it.
+
+        Where the compiler fails, captions are made without it, and a warning says why. `mode` is
+        None or "default". Raises `UnsupportedModel` outside of torch.
+        """
+        modules = self.networks.to_compile(self.model.name)
+        if mode not in (None, "default"):
+            # A caption grows by a word each step: CUDA graphs would be recorded for every length.
+            raise BadInput(f"mode is {mode!r}: captioners compile in mode None or 'default'")
+        from diptych.runtimes.on_torch_compiled import compile_captioner
+
+        compile_captioner(modules["captioner"], mode=mode)
+
     @overload
     def caption(
         self,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from diptych.errors import BadInput, MissingExtra
+from diptych.errors import BadInput, MissingExtra, UnsupportedModel
 from diptych.weights.files import ModelFolder
 
 if TYPE_CHECKING:
@@ -111,8 +111,8 @@ class ChoosingNetwork(Network, Protocol):
 class OpenNetworks(dict[str, Network]):
     """Hold the networks of a model by name, where they run, and why there.
 
-    `modules` are the PyTorch modules behind the networks of a generator, for those who change
-    weights; None in another runtime.
+    `modules` are the PyTorch modules behind the networks, for those who change them: a generator's
+    by their names, a captioner's as "captioner"; None in another runtime.
     """
 
     def __init__(
@@ -131,6 +131,15 @@ class OpenNetworks(dict[str, Network]):
         self.dtype = dtype
         self.reason = reason
         self.modules = modules
+
+    def to_compile(self, name: str) -> Mapping[str, nn.Module]:
+        """Return `modules`; raises `UnsupportedModel` where the model called `name` has none."""
+        if self.modules is None:
+            raise UnsupportedModel(
+                f"{name} runs in {self.runtime}, which compiles by itself: load it with "
+                "runtime='torch'"
+            )
+        return self.modules
 
     def array(self, values: Any) -> Array:
         """Return `values` as the runtime's kind of array, where the networks want it.
@@ -165,6 +174,7 @@ def open_networks(
     """
     _check(runtime, device, dtype)
     chosen, reason = _choose(model, runtime, device, dtype)
+    modules = None
     if chosen != "torch":
         networks, dtype = _open_files(model, chosen, dtype)
         device = "cpu"
@@ -172,9 +182,12 @@ def open_networks(
         require_torch("running a PyTorch checkpoint")
         from diptych.runtimes.on_torch import open_checkpoint
 
-        networks, device, dtype = open_checkpoint(model, device, dtype)
+        networks, module, device, dtype = open_checkpoint(model, device, dtype)
+        modules = {"captioner": module}
     _tell(model, chosen, device, dtype, reason)
-    return OpenNetworks(networks, runtime=chosen, device=device, dtype=dtype, reason=reason)
+    return OpenNetworks(
+        networks, runtime=chosen, device=device, dtype=dtype, reason=reason, modules=modules
+    )
 
 
 def open_generator_networks(

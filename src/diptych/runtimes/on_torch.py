@@ -30,13 +30,13 @@ __all__ = [
 
 def open_checkpoint(
     model: ModelFolder, device: str, dtype: str
-) -> tuple[dict[str, Network], str, str]:
-    """Load `model`; return its networks, the device and the dtype they ended up with."""
+) -> tuple[dict[str, Network], nn.Module, str, str]:
+    """Load `model`; return its networks, their module, the device and the name of the dtype."""
     chosen = best_device() if device == "auto" else device
     precision = None if dtype == "auto" else dtype
     module = faster(load_captioner(model, device=chosen, dtype=precision))
     found = next(module.parameters()).dtype
-    return torch_networks(module), chosen, str(found).removeprefix("torch.")
+    return torch_networks(module), module, chosen, str(found).removeprefix("torch.")
 
 
 def torch_networks(module: VisionEncoderDecoder) -> dict[str, Network]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from diptych.models import clip_text, tiny_vae, unet, vae
-from diptych.models.layers import ResnetBlock
 from diptych.runtimes.network import OpenNetworks, check_wanted
 from diptych.runtimes.on_torch import best_device
 from diptych.runtimes.on_torch_widened import computed_in, widening
@@ -27,7 +25,6 @@ from diptych.weights.diffusion import GeneratorFolder
 __all__ = [
     "Stage",
     "TorchNetwork",
-    "compile_blocks",
     "generator_networks",
     "lay_out",
     "layout",
@@ -38,8 +35,6 @@ __all__ = [
 logger = logging.getLogger("diptych")
 
 _WORKING_ROOM = 1 << 30  # bytes that a picture of 512 × 512 takes beside the weights
-_MOST_KINDS = 64
-_MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
 _KEPT_IN_FLOAT32 = ("timestep", "time_ids")
 
 
@@ -127,72 +122,6 @@ def layout(module: str, device: torch.device) -> torch.memory_format:
     """
     turns = module == "vae" and device.type == "cuda"
     return torch.contiguous_format if turns else torch.channels_last
-
-
-def compile_blocks(modules: Mapping[str, nn.Module], **words: Any) -> int:
-    """Let torch.compile work on the blocks of UNet and VAE, in place; return how many there are.
-
-    Blocks of one kind share their code, so a few kinds are compiled instead of one large network,
-    and a LoRA that is swapped for another finds its code there already. `words` are those of
-    `torch.compile`. What is compiled is compiled at the first call; where the compiler fails, all
-    blocks run as they were, and a warning says so once.
-    """
-    # A UNet has more kinds of blocks, by their widths, than torch compiles of one function.
-    dynamo: Any = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, _MOST_KINDS)
-    kinds = (unet.TransformerBlock, ResnetBlock)
-    blocks = [
-        block
-        for name in ("unet", "vae")
-        for block in modules[name].modules()
-        if isinstance(block, kinds)
-    ]
-    for block in blocks:
-        block.compile(**words)
-        compiled = cast(Callable[..., Any], block._compiled_call_impl)
-        block._compiled_call_impl = partial(_attempt, blocks, block, compiled)
-    if words.get("mode") in _MODES_WITH_GRAPHS:
-        for name, call in (("unet", "predict"), ("vae", "encode"), ("vae", "decode")):
-            # In the instance, so that the network's own file stays free of it.
-            object.__setattr__(modules[name], call, partial(_as_one, getattr(modules[name], call)))
-    return len(blocks)
-
-
-def _attempt(
-    blocks: Sequence[nn.Module],
-    block: nn.Module,
-    compiled: Callable[..., Any],
-    *args: Any,
-    **words: Any,
-) -> Any:
-    """Call a compiled block; if it cannot be compiled, none of `blocks` is any more."""
-    from torch._dynamo.exc import BackendCompilerFailed  # takes long, and few compile
-
-    try:
-        return compiled(*args, **words)
-    except BackendCompilerFailed as error:
-        logger.warning("torch.compile failed, so pictures are made without it: %s", _origin(error))
-        for each in blocks:
-            each._compiled_call_impl = None
-        return block(*args, **words)
-
-
-def _origin(error: BaseException) -> str:
-    """Return in one line what an error of the compiler began with."""
-    first: BaseException = getattr(error, "inner_exception", error)
-    while first.__cause__ is not None:
-        first = first.__cause__
-    return f"{type(first).__name__}: {first}".partition("\n")[0][:200]
-
-
-def _as_one(call: Callable[..., Any], *args: Any, **words: Any) -> Any:
-    """Run a network of blocks that are CUDA graphs, each of which reuses the same memory.
-
-    Else each block would begin anew, and write over what later ones still have to read.
-    """
-    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-    made = call(*args, **words)
-    return made.clone() if isinstance(made, Tensor) else tuple(each.clone() for each in made)
 
 
 def open_preview_vae(

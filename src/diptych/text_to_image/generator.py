@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from diptych.errors import BadInput, UnsupportedModel
+from diptych.errors import BadInput
 from diptych.images import ImageInput
 from diptych.runtimes.network import Array, OpenNetworks, open_generator_networks, require_torch
 from diptych.text import ClipTokenizer
@@ -381,19 +381,11 @@ class ImageGenerator:
         for another of the same layers without compiling anew where it is loaded with `fused`.
         Raises `UnsupportedModel` outside of torch.
         """
-        modules = self.networks.modules
-        if modules is None:
-            raise UnsupportedModel(
-                f"{self.model.name} runs in {self.networks.runtime}, which compiles by itself: "
-                "load the generator with runtime='torch'"
-            )
-        if mode not in (None, "default", "reduce-overhead", "max-autotune"):
-            raise BadInput(
-                f"mode is {mode!r}: give None, 'default', 'reduce-overhead' or 'max-autotune'"
-            )
-        from diptych.runtimes.on_torch_generator import compile_blocks
+        modules = self.networks.to_compile(self.model.name)
+        from diptych.runtimes.on_torch_compiled import check_mode, compile_generator
 
-        compile_blocks(modules, mode=mode)
+        check_mode(mode)
+        compile_generator(modules, mode=mode)
 
     def load_lora(self, path: str | Path, scale: float = 1.0, *, fused: bool = False) -> LoraHandle:
         """Put a LoRA file into the networks; several add up.
