@@ -19,7 +19,8 @@ import torch
 
 from captioning import START, new_model, read_split
 from diptych.models.vision_encoder_decoder import VisionEncoderDecoder
-from diptych.runtimes.export import export_captioner
+from diptych.runtimes.export import Belongings, export_captioner
+from diptych.runtimes.smaller_captioner import Shrinking
 from diptych.text import Gpt2Tokenizer
 from diptych.training.state import read_average
 from diptych.weights.save import save_captioner
@@ -68,12 +69,8 @@ def main(config: dict[str, Any], folder: Path) -> None:
         report = export_captioner(
             model,
             made,
-            preprocessing=preprocessing,
-            generation=generation,
-            tokenizer=tokenizer_path,
-            source={"name": NAME, "revision": None},
-            images=images,
-            quantize="int8",
+            Belongings(preprocessing, generation, tokenizer_path, {"name": NAME, "revision": None}),
+            Shrinking(mode="int8", images=images),
         )
         checkpoint = Path(temporary) / "checkpoint"
         save_captioner(

@@ -236,7 +236,8 @@ def detailed(single: Tensor, photos: Tensor, generator: torch.Generator) -> Tens
     """
     side = int(torch.randint(FINEST * 5 // 8, FINEST + 1, ()))
     shape, device = (2, len(single), 1, 1, 1), single.device
-    sharpened, strength = torch.rand(shape, generator=generator, device=device)
+    drawn = torch.rand(shape, generator=generator, device=device)
+    sharpened, strength = (1.5 * drawn - 0.5).clamp(min=0)  # a third has nothing of either
     soft, photos = softened(single, side), photos.flip(2)
     edges, fine = soft - softened(soft, side // 2), photos - softened(photos, side)
     return (soft + sharpened * edges + strength * fine).clamp(-1, 1)

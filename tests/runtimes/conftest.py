@@ -127,19 +127,20 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def export(tokenizer: Path) -> Callable[..., dict[str, Any]]:
-    """Return an exporter: `export(module, folder, **words)` → the report."""
-    from diptych.runtimes.export import export_captioner
+    """Return an exporter: `export(module, folder, **words)` → the report.
+
+    `words` are those of `Shrinking`, the words to keep, and another tokenizer.
+    """
+    from diptych.runtimes.export import Belongings, export_captioner
+    from diptych.runtimes.smaller_captioner import Shrinking
 
     def run(captioner: VisionEncoderDecoder, folder: Path, **words: Any) -> dict[str, Any]:
-        given: dict[str, Any] = {
-            "preprocessing": PREPROCESSING,
-            "generation": GENERATION,
-            "tokenizer": tokenizer,
-            "source": {"name": "random", "revision": None},
-            "images": list(make_pictures(8)),
-            **words,
-        }
-        return export_captioner(captioner, folder, **given)
+        kept, source = words.pop("words", None), {"name": "random", "revision": None}
+        belongings = Belongings(
+            PREPROCESSING, GENERATION, words.pop("tokenizer", tokenizer), source
+        )
+        wanted = Shrinking(**{"images": list(make_pictures(8)), **words})
+        return export_captioner(captioner, folder, belongings, wanted, words=kept)
 
     return run
 

@@ -239,7 +239,7 @@ def test_other_dtypes_are_exported_as_float32(module: Make, export: Make, tmp_pa
 
 
 def test_quantized_export_keeps_no_float32(module: Make, export: Make, tmp_path: Path) -> None:
-    report = export(module("prefix"), tmp_path / "a", quantize="int8", force=True)
+    report = export(module("prefix"), tmp_path / "a", mode="int8", force=True)
     assert set(report) == {"versions", "source", "fp32", "int8"}
     assert describe(tmp_path / "a").precision == "int8"
     assert not [path for path in tmp_path.rglob("*") if path.is_dir() and path != tmp_path / "a"]
@@ -262,7 +262,7 @@ def test_failed_export_leaves_nothing(
     with pytest.raises(BadInput, match="is a file"):
         export(module("prefix"), tokenizer)
     with pytest.raises(BadInput, match="quantize is 'int3': give fp16, int8 or int4"):
-        export(module("prefix"), tmp_path / "a", quantize="int3")
+        export(module("prefix"), tmp_path / "a", mode="int3")
     with pytest.raises(BadInput, match="list of images to compare on is empty"):
         export(module("prefix"), tmp_path / "a", images=[])
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from diptych.errors import QualityLoss
 from diptych.runtimes.agreement import pictures_for
 from diptych.runtimes.quantize import Bits, unit_of
 from diptych.runtimes.sensitivity import Unit, spare, squeeze, sweep
-from diptych.runtimes.smaller_captioner import check_bound, quantize_captioner
+from diptych.runtimes.smaller_captioner import Shrinking, check_bound, quantize_captioner
 from diptych.weights.files import ModelFolder, describe
 
 Make = Callable[..., Any]
@@ -83,12 +83,12 @@ def test_units_are_attention_or_mlp_of_a_layer() -> None:
 
 def test_a_great_loss_is_no_export(artifacts: Make, tmp_path: Path) -> None:
     tokens = {"images": 20, "identical": 18, "tokens": 200, "agreeing": 30}
-    check_bound({"tokens": tokens}, "int4", own=True, force=False)
+    check_bound({"tokens": tokens}, Shrinking(mode="int4", images=[]))
     with pytest.raises(QualityLoss, match="only 90% of the captions are the same after int8"):
-        check_bound({"tokens": tokens}, "int8", own=True, force=False)
+        check_bound({"tokens": tokens}, Shrinking(mode="int8", images=[]))
     with pytest.raises(QualityLoss, match="only 15% of the words are the same on seeded"):
-        check_bound({"tokens": tokens}, "int8", own=False, force=False)
-    check_bound({"tokens": tokens}, "int8", own=False, force=True)
+        check_bound({"tokens": tokens}, Shrinking(mode="int8"))
+    check_bound({"tokens": tokens}, Shrinking(mode="int8", force=True))
 
 
 def test_an_artifact_alone_is_judged_as_well(artifacts: Make, tmp_path: Path) -> None:

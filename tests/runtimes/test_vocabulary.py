@@ -101,7 +101,7 @@ def test_the_edge_profile_is_small_and_told(module: Make, export: Make, tmp_path
     report = export(
         module("cross-attention"),
         tmp_path / "edge",
-        quantize="int4",
+        mode="int4",
         words=caption_words(),
         most_bytes=conversion._EDGE_BYTES,
         force=True,

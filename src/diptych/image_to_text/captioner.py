@@ -17,7 +17,7 @@ from diptych.image_to_text.caption import WORD, Caption, Reading, View
 from diptych.image_to_text.decoder_steps import decoder_step
 from diptych.image_to_text.options import CaptionOptions, SearchOptions
 from diptych.images import Alpha, ImageInput, ImageLimits, Preprocessing, preprocess
-from diptych.runtimes.conversion import export_model
+from diptych.runtimes.conversion import ExportRequest, export_model
 from diptych.runtimes.network import BRIDGED, OpenNetworks, open_networks
 from diptych.text import Gpt2Tokenizer
 from diptych.weights.files import ModelFolder
@@ -245,7 +245,8 @@ class Captioner:
         folder that is not empty and `QualityLoss` for too great a loss, unless `force`. Needs the
         export extra.
         """
-        return export_model(self.model, folder, quantize=quantize, images=images, force=force)
+        request = ExportRequest(quantize=quantize, images=images, force=force)
+        return export_model(self.model, folder, request)
 
     # Hops of a caption ------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from diptych.weights.hub import resolve
 if TYPE_CHECKING:
     from diptych.runtimes.smaller_captioner import Judge
 
-__all__ = ["PROFILES", "export", "export_model", "tasks_of"]
+__all__ = ["PROFILES", "ExportRequest", "export", "export_model", "tasks_of"]
 
 PROFILES = ("edge",)
 _EDGE_BYTES = 100_000_000
@@ -71,9 +72,7 @@ def export(
                 found = resolve_generator(model, revision=revision)
             except UnsupportedModel:
                 raise error from None
-    return export_model(
-        found,
-        folder,
+    request = ExportRequest(
         quantize=quantize,
         profile=profile,
         images=images,
@@ -83,40 +82,42 @@ def export(
         measure=measure,
         judge=judge,
     )
+    return export_model(found, folder, request)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportRequest:
+    """Hold what `export` is asked for, beside the model and where it goes."""
+
+    quantize: str | None = None
+    profile: str | None = None
+    images: Sequence[ImageInput] | None = None
+    calibration: Sequence[ImageInput | str] | None = None
+    words: Sequence[str] | None = None
+    force: bool = False
+    measure: bool = True
+    judge: Judge | None = None
 
 
 def export_model(
-    model: ModelFolder | GeneratorFolder,
-    folder: str | Path,
-    *,
-    quantize: str | None = None,
-    profile: str | None = None,
-    images: Sequence[ImageInput] | None = None,
-    calibration: Sequence[ImageInput | str] | None = None,
-    words: Sequence[str] | None = None,
-    force: bool = False,
-    measure: bool = True,
-    judge: Judge | None = None,
+    model: ModelFolder | GeneratorFolder, folder: str | Path, request: ExportRequest
 ) -> dict[str, Any]:
     """Export what was already found; see `export`."""
+    quantize, profile = request.quantize, request.profile
     if profile not in (None, *PROFILES):
         raise BadInput(f"profile is {profile!r}: give {' or '.join(PROFILES)}")
     if quantize not in (None, *PRECISIONS[1:]):
         choices = f"{', '.join(PRECISIONS[1:-1])} or {PRECISIONS[-1]}"
         raise BadInput(f"quantize is {quantize!r}: give {choices}")
-    _check_target(Path(folder), force)
+    _check_target(Path(folder), request.force)
     if isinstance(model, ModelFolder) and quantize and profile is None and not model.weights:
-        return _quantize_artifact(model, folder, quantize, images, calibration, force, judge)
+        return _quantize_artifact(model, folder, quantize, request)
     require_torch("exporting a model", "export")
     if isinstance(model, GeneratorFolder):
-        if any(each is not None for each in (images, words, profile)):
-            raise BadInput(f"{model.name} draws pictures: leave images, words and profile out")
-        report = _export_generator(model, folder, quantize, calibration, force)
+        report = _export_generator(model, folder, request)
     else:
-        report = _export_captioner(
-            model, folder, quantize, profile, images, calibration, words, force, judge
-        )
-    if measure:
+        report = _export_captioner(model, folder, request)
+    if request.measure:
         _add_figures(report, model, Path(folder))
     return report
 
@@ -139,37 +140,29 @@ def _add_figures(
 
 
 def _quantize_artifact(
-    model: ModelFolder,
-    folder: str | Path,
-    quantize: str,
-    images: Sequence[ImageInput] | None,
-    calibration: Sequence[ImageInput | str] | None,
-    force: bool,
-    judge: Judge | None,
+    model: ModelFolder, folder: str | Path, quantize: str, request: ExportRequest
 ) -> dict[str, Any]:
     """Make an artifact that came without its checkpoint smaller; torch is not needed."""
     from diptych.runtimes.smaller_captioner import quantize_captioner
 
     preprocessing = Preprocessing.from_config(model.preprocessing)
-    pixels, calibrating = _pixels(preprocessing, images, calibration, quantize)
+    images, calibration = _pixels(preprocessing, request)
     return quantize_captioner(
         model.path,
         Path(folder),
         quantize,
-        images=pixels,
-        calibration=calibrating,
-        force=force,
-        judge=judge,
+        images=images,
+        calibration=calibration,
+        force=request.force,
+        judge=request.judge,
     )
 
 
 def _pixels(
-    preprocessing: Preprocessing,
-    images: Sequence[ImageInput] | None,
-    calibration: Sequence[ImageInput | str] | None,
-    quantize: str | None,
+    preprocessing: Preprocessing, request: ExportRequest
 ) -> tuple[list[Any] | None, list[Any] | None]:
     """Read the pictures to compare on, and those to calibrate on."""
+    calibration, quantize = request.calibration, request.quantize
     if calibration is not None and (quantize != "int8" or not calibration):
         raise BadInput(
             f"calibration is for int8, and needs pictures: there are {len(calibration)}, and "
@@ -177,7 +170,7 @@ def _pixels(
         )
     first, second = (
         None if several is None else [preprocess(image, preprocessing) for image in several]
-        for several in (images, calibration)
+        for several in (request.images, calibration)
     )
     return first, second
 
@@ -197,60 +190,50 @@ def _check_target(folder: Path, force: bool) -> None:
 
 
 def _export_captioner(
-    model: ModelFolder,
-    folder: str | Path,
-    quantize: str | None,
-    profile: str | None,
-    images: Sequence[ImageInput] | None,
-    calibration: Sequence[ImageInput | str] | None,
-    words: Sequence[str] | None,
-    force: bool,
-    judge: Judge | None,
+    model: ModelFolder, folder: str | Path, request: ExportRequest
 ) -> dict[str, Any]:
-    from diptych.runtimes.export import export_captioner
+    from diptych.runtimes.export import Belongings, export_captioner
+    from diptych.runtimes.smaller_captioner import Shrinking
     from diptych.runtimes.vocabulary import caption_words
     from diptych.weights.load import load_captioner
 
     preprocessing = Preprocessing.from_config(model.preprocessing)
-    pixels, calibrating = _pixels(preprocessing, images, calibration, quantize)
-    if profile == "edge":
+    images, calibration = _pixels(preprocessing, request)
+    quantize, words, most_bytes = request.quantize, request.words, None
+    if request.profile == "edge":
         quantize, words = quantize or "int4", words or caption_words()
-    return export_captioner(
-        load_captioner(model),
-        Path(folder),
-        preprocessing=preprocessing.to_config(),
-        generation=model.generation,
-        tokenizer=model.tokenizer,
-        source={"name": model.name, "revision": model.revision},
-        images=pixels,
-        quantize=quantize,
-        calibration=calibrating,
-        words=words,
-        most_bytes=_EDGE_BYTES if profile == "edge" else None,
-        force=force,
-        judge=judge,
+        most_bytes = _EDGE_BYTES
+    wanted = Shrinking(
+        mode=quantize,
+        images=images,
+        calibration=calibration,
+        most_bytes=most_bytes,
+        force=request.force,
+        judge=request.judge,
     )
+    source = {"name": model.name, "revision": model.revision}
+    belongings = Belongings(preprocessing.to_config(), model.generation, model.tokenizer, source)
+    return export_captioner(load_captioner(model), Path(folder), belongings, wanted, words=words)
 
 
 def _export_generator(
-    model: GeneratorFolder,
-    folder: str | Path,
-    quantize: str | None,
-    prompts: Sequence[Any] | None,
-    force: bool,
+    model: GeneratorFolder, folder: str | Path, request: ExportRequest
 ) -> dict[str, Any]:
     from diptych.runtimes.export_generator import export_generator
     from diptych.weights.load_generator import load_generator
 
-    calibration = None if prompts is None else _token_ids(model, prompts, quantize)
-    modules = load_generator(model, device="cpu", dtype="float32")
+    if any(each is not None for each in (request.images, request.words, request.profile)):
+        raise BadInput(f"{model.name} draws pictures: leave images, words and profile out")
+    prompts, calibration = request.calibration, None
+    if prompts is not None:
+        calibration = _token_ids(model, prompts, request.quantize)
     return export_generator(
-        modules,
+        load_generator(model, device="cpu", dtype="float32"),
         model,
         folder,
-        precision=quantize or PRECISIONS[0],
+        precision=request.quantize or PRECISIONS[0],
         calibration=calibration,
-        force=force,
+        force=request.force,
     )
 
 

@@ -9,6 +9,7 @@ import copy
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from diptych.runtimes.graph import Weights
 from diptych.runtimes.network import open_networks
 from diptych.runtimes.on_torch import faster, torch_networks, twin
 from diptych.runtimes.quantize import check_mode
-from diptych.runtimes.smaller_captioner import Judge, check_bound, write_smaller
+from diptych.runtimes.smaller_captioner import Shrinking, check_bound, write_smaller
 from diptych.runtimes.vocabulary import (
     cut_generation,
     cut_weights,
@@ -49,7 +50,7 @@ from diptych.runtimes.vocabulary import (
 from diptych.weights.files import ModelFolder, describe, object_in, read_document
 from diptych.weights.save import describe_config
 
-__all__ = ["export_captioner"]
+__all__ = ["Belongings", "export_captioner"]
 
 logger = logging.getLogger("diptych")
 
@@ -57,79 +58,80 @@ _CAPTION_POSITIONS = 128  # words of the longest caption that a cut model writes
 _POSITIONS = "decoder.wpe.weight"
 
 
+@dataclass(frozen=True, slots=True)
+class Belongings:
+    """Hold what a captioner has beside its weights; `source` is its name and revision."""
+
+    preprocessing: Mapping[str, Any]
+    generation: Mapping[str, Any]
+    tokenizer: Path
+    source: Mapping[str, Any]
+
+
 def export_captioner(
     module: VisionEncoderDecoder,
     folder: str | Path,
+    belongings: Belongings,
+    wanted: Shrinking | None = None,
     *,
-    preprocessing: Mapping[str, Any],
-    generation: Mapping[str, Any],
-    tokenizer: Path,
-    source: Mapping[str, Any],
-    images: Sequence[Pixels] | None = None,
-    quantize: str | None = None,
-    calibration: Sequence[Pixels] | None = None,
     words: Sequence[str] | None = None,
-    most_bytes: int | None = None,
-    force: bool = False,
-    judge: Judge | None = None,
 ) -> dict[str, Any]:
     """Write `module` as an artifact to `folder`; return the content of its `export.json`.
 
-    Captions of both are compared over `images` [C, H, W], or over seeded ones. `quantize` is None,
-    "fp16", "int8" or "int4"; with `calibration` pictures int8 rounds what goes into the encoder's
-    products by ranges seen on those. With `words` the vocabulary is cut to the tokens that they
-    need, and the positions to those of a caption. `most_bytes` presses a quantized artifact under
-    that size. `judge` compares the float32 model with the quantized one before that has its name.
-    Raises `BadInput` for what cannot be exported or written, and `QualityLoss` where quantizing
-    changes more than its bound, unless `force`.
+    It is made smaller as `wanted` says, whose judge compares it with the float32 model. With
+    `words` the vocabulary is cut to the tokens that they need, and the positions to those of a
+    caption. Raises `BadInput` for what cannot be exported or written, and `QualityLoss` where
+    quantizing changes more than its bound, unless forced.
     """
-    if quantize is not None:
-        check_mode(quantize)
+    wanted = wanted or Shrinking()
+    if wanted.mode is not None:
+        check_mode(wanted.mode)
     module = _for_export(module)
     config = describe_config(module)
-    pictures = pictures_for(config, preprocessing, images)
+    pictures = pictures_for(config, belongings.preprocessing, wanted.images)
     with staged(Path(folder)) as staging:
-        plain = staging if quantize is None and words is None else staging / "fp32"
+        plain = staging if wanted.mode is None and words is None else staging / "fp32"
         plain.mkdir(exist_ok=True)
         weights = {name: tensor.detach().numpy() for name, tensor in module.state_dict().items()}
-        _write_networks(weights, config, plain)
-        copy_tokenizer(Path(tokenizer), plain)
-        document = {
-            "preprocessing": dict(preprocessing),
-            "generation": dict(generation),
-            "source": dict(source),
-        }
-        write_artifact(plain, {"precision": "fp32", "config": config, **document})
+        _write_plain(weights, config, belongings, plain)
         report = {
             "versions": versions("torch", "onnx", "onnxruntime", "numpy"),
-            "source": dict(source),
+            "source": dict(belongings.source),
             "fp32": _compare(module, plain, pictures),
         }
         source_of_small = plain
         if words is not None:
-            source_of_small = staging / "cut" if quantize else staging
+            source_of_small = staging / "cut" if wanted.mode else staging
             report["vocabulary"] = _write_cut(
                 weights, describe(plain), source_of_small, words, pictures
             )
-        if quantize is not None:
-            small = describe(source_of_small)
-            report[quantize] = write_smaller(
-                small,
-                staging,
-                quantize,
-                source,
-                images=images,
-                calibration=calibration,
-                most_bytes=most_bytes,
-            )
-            check_bound(report[quantize], quantize, images is not None, force)
-            if judge is not None:
-                report[quantize]["judged"] = judge(describe(plain), describe(staging))
+        if wanted.mode is not None:
+            small = write_smaller(describe(source_of_small), staging, belongings.source, wanted)
+            report[wanted.mode] = small
+            check_bound(small, wanted)
+            if wanted.judge is not None:
+                small["judged"] = wanted.judge(describe(plain), describe(staging))
         for made in {plain, source_of_small} - {staging}:
             shutil.rmtree(made)
         write_json(staging / "export.json", report)
     _warn(folder, report["fp32"]["tokens"])
     return report
+
+
+def _write_plain(
+    weights: Weights, config: Mapping[str, Any], belongings: Belongings, folder: Path
+) -> None:
+    """Write the float32 artifact to `folder`."""
+    _write_networks(weights, config, folder)
+    copy_tokenizer(Path(belongings.tokenizer), folder)
+    document = {
+        "precision": "fp32",
+        "config": config,
+        "preprocessing": dict(belongings.preprocessing),
+        "generation": dict(belongings.generation),
+        "source": dict(belongings.source),
+    }
+    write_artifact(folder, document)
 
 
 def _write_cut(

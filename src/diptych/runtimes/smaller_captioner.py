@@ -6,6 +6,7 @@ The matrices that bear rounding badly are found by a sweep and kept wider; what 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,14 @@ from diptych.runtimes.sensitivity import Unit, spare, squeeze, sweep
 from diptych.runtimes.static_quantize import calibrate, quantize_statically
 from diptych.weights.files import ModelFolder, describe
 
-__all__ = ["Judge", "check_bound", "compare_artifacts", "quantize_captioner", "write_smaller"]
+__all__ = [
+    "Judge",
+    "Shrinking",
+    "check_bound",
+    "compare_artifacts",
+    "quantize_captioner",
+    "write_smaller",
+]
 
 Judge = Callable[[ModelFolder, ModelFolder], dict[str, Any]]
 """Compares a model with the smaller one that would replace it, before that has its name."""
@@ -45,6 +53,24 @@ _SHOWN = 12  # units of a sweep that the report names
 # Bounds: the least share of identical captions on the user's pictures, and of tokens that agree
 # on seeded ones, where every word of a captioner is a near tie.
 _BOUNDS = {"fp16": (0.98, 0.8), "int8": (_WANTED_IDENTICAL, 0.25), "int4": (0.3, 0.1)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shrinking:
+    """Say how a captioner is made smaller: `mode` is fp16, int8 or int4, None for not at all.
+
+    Captions are compared over `images` [C, H, W], seeded ones where it is None. With `calibration`
+    pictures int8 rounds what goes into the encoder's products by ranges seen on those. `most_bytes`
+    presses the artifact under that size. `judge` compares both models before the smaller one has
+    its name. One that changes more than its bound is refused, unless `force`.
+    """
+
+    mode: str | None = None
+    images: Sequence[Pixels] | None = None
+    calibration: Sequence[Pixels] | None = None
+    most_bytes: int | None = None
+    force: bool = False
+    judge: Judge | None = None
 
 
 def quantize_captioner(
@@ -59,13 +85,12 @@ def quantize_captioner(
 ) -> dict[str, Any]:
     """Write the artifact at `source`, which is left as it is, as a smaller one to `folder`.
 
-    `mode` is fp16, int8 or int4. Captions of both are compared over `images` [C, H, W], or over
-    seeded ones; for `calibration` see `write_smaller`. `judge` compares both models before the
-    smaller one has its name. Returns the content of `quantize.json`. Raises `BadInput` for another
-    mode, or a source that is not float32, and `QualityLoss` where too few words stay the same,
-    unless `force`.
+    The other words are those of `Shrinking`. Returns the content of `quantize.json`. Raises
+    `BadInput` for another mode, or a source that is not float32, and `QualityLoss` where too few
+    words stay the same, unless `force`.
     """
     check_mode(mode)
+    wanted = Shrinking(mode=mode, images=images, calibration=calibration, force=force, judge=judge)
     model = describe(Path(source))
     if not model.networks or model.precision != "fp32":
         found = f"is {model.precision}" if model.networks else "has no ONNX networks"
@@ -74,11 +99,9 @@ def quantize_captioner(
         source_named = {"name": model.name, "revision": model.revision}
         report = {
             "versions": versions("onnxruntime", "onnx", "numpy"),
-            mode: write_smaller(
-                model, staging, mode, source_named, images=images, calibration=calibration
-            ),
+            mode: write_smaller(model, staging, source_named, wanted),
         }
-        check_bound(report[mode], mode, images is not None, force)
+        check_bound(report[mode], wanted)
         if judge is not None:
             report[mode]["judged"] = judge(model, describe(staging))
         write_json(staging / "quantize.json", report)
@@ -86,21 +109,16 @@ def quantize_captioner(
 
 
 def write_smaller(
-    model: ModelFolder,
-    folder: Path,
-    mode: str,
-    source: Mapping[str, Any],
-    *,
-    images: Sequence[Pixels] | None = None,
-    calibration: Sequence[Pixels] | None = None,
-    most_bytes: int | None = None,
+    model: ModelFolder, folder: Path, source: Mapping[str, Any], wanted: Shrinking
 ) -> dict[str, Any]:
-    """Write the float32 artifact `model` as `mode` to `folder`; return how both compare.
+    """Write the float32 artifact `model` smaller to `folder`; return how both compare.
 
-    With `calibration` pictures the encoder's products are int8 by fixed ranges; the decoder, which
-    waits for memory rather than products, rounds as ever. With `most_bytes`, the matrices that
-    bear it best go down to half the bits until it fits.
+    With calibration the encoder's products are int8 by fixed ranges; the decoder, which waits for
+    memory rather than products, rounds as ever. With `most_bytes`, the matrices that bear it best
+    go down to half the bits until it fits. Whether it keeps its bound is not asked here.
     """
+    mode, images, calibration = wanted.mode, wanted.images, wanted.calibration
+    assert mode is not None, "there is nothing to make smaller"
     pictures = pictures_for(model.config, model.preprocessing, images)
     bits, units = bits_for(mode), []
     _write(model, folder, mode, source, bits, calibration)
@@ -110,7 +128,7 @@ def write_smaller(
     report = compare_artifacts(model, describe(folder), pictures)
     tokens = report["tokens"]
     room = int(_ROOM.get(mode, 0) * _bytes(folder))
-    excess = _bytes(folder) - (most_bytes or _bytes(folder))
+    excess = _bytes(folder) - (wanted.most_bytes or _bytes(folder))
 
     def rounded(bits: int) -> list[Unit]:
         return sweep(model.networks, pictures, model.config, model.generation, bits)
@@ -134,14 +152,15 @@ def write_smaller(
     return report
 
 
-def check_bound(report: Mapping[str, Any], mode: str, own: bool, force: bool) -> None:
+def check_bound(report: Mapping[str, Any], wanted: Shrinking) -> None:
     """Raise `QualityLoss` where too few words of a smaller model are those of the model.
 
-    On the user's `own` pictures identical captions count, on seeded ones tokens.
+    On the user's own pictures identical captions count, on seeded ones tokens.
     """
+    mode, own = wanted.mode or "", wanted.images is not None
     tokens, bound = report["tokens"], _BOUNDS[mode][0 if own else 1]
     found = _share(tokens) if own else tokens["agreeing"] / max(1, tokens["tokens"])
-    if found < bound and not force:
+    if found < bound and not wanted.force:
         what = "captions are the same" if own else "words are the same on seeded pictures"
         raise QualityLoss(
             f"only {found:.0%} of the {what} after {mode}, the bound is {bound:.0%}: choose a "

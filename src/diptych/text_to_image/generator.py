@@ -432,9 +432,9 @@ class ImageGenerator:
         `export.json`. Raises `BadInput` for a folder that is not empty and `QualityLoss` for too
         great a loss, unless `force`. Needs the export extra.
         """
-        from diptych.runtimes.conversion import export_model
+        from diptych.runtimes.conversion import ExportRequest, export_model
 
-        return export_model(self.model, folder, quantize=quantize, force=force)
+        return export_model(self.model, folder, ExportRequest(quantize=quantize, force=force))
 
 
 def generate(
