@@ -172,19 +172,19 @@ FLOWERS = {
 }
 
 
-def things(data: Path) -> Captioned:
-    """Read the training pictures of Tiny-ImageNet and flower_photos whose classes have sentences.
+def things(data: Path, split: str = "train") -> Captioned:
+    """Read the pictures of Tiny-ImageNet and flower_photos whose classes have sentences.
 
     64 x 64 pixels each.
     """
     folder = data / "tiny_imagenet_64"
     names = [row["name"] for row in json.loads((folder / "classes.json").read_text())]
-    labelled = tiny_imagenet(folder, "train")
+    labelled = tiny_imagenet(folder, split)
     rows = [row for row, label in enumerate(labelled.labels.tolist()) if names[label] in PHRASES]
     captions = [PHRASES[names[label]] for label in labelled.labels[rows].tolist()]
-    folder, train = data / "flowers_128", {"train"}
-    flowers = captioned(folder, train, SIDE)
-    captions += [FLOWERS[row["label"]] for row in captioned_rows(folder, train)]
+    folder = data / "flowers_128"
+    flowers = captioned(folder, {split}, SIDE)
+    captions += [FLOWERS[row["label"]] for row in captioned_rows(folder, {split})]
     return Captioned(torch.cat([labelled.pixels[rows], flowers.pixels]), captions)
 
 
@@ -222,7 +222,8 @@ def viewed(
     if len(alone):
         single = views(alone, size, crop, generator)
         kept = round(options["detailed"] * len(alone))
-        hybrid = detailed(single[:kept], pixels[:kept], generator)
+        given = torch.arange(kept, device=pixels.device) % len(pixels)
+        hybrid = detailed(single[:kept], pixels[given], generator)
         pixels = torch.cat(
             [views(coarse[:few], size, crop, generator), pixels, hybrid, single[kept:]]
         )
