@@ -3,10 +3,13 @@
     python benchmarks/train_speed.py [--models small full] [--size 512] [--steps 3]
         [--batch 1] [--device cpu] [--dtype float32] [--keep FOLDER] [--record]
 
-Both sides train a LoRA of rank 8 on the attention layers with AdamW, on the same pictures, latents
-and words of which are encoded beforehand: ours reads them from its cache, the other side, as
-diffusers' script with caching would, from memory. They take turns step by step in one process, so
-that a busy machine slows both; peak memory is that of a process that trains one side alone.
+All sides train a LoRA of rank 8 on the attention layers with AdamW, on the same pictures. They
+take turns step by step in one process, so that a busy machine slows all; peak memory is that of a
+process that trains one side alone.
+
+- ours reads latents and words from its cache on disk
+- script does what diffusers' train_text_to_image_lora.py does: it encodes them anew at every step
+- peft is the same with latents and words encoded beforehand and kept in memory
 
 - small: a random pipeline of a few hundred thousand weights, 128 pixels
 - full: Stable Diffusion 1.5 in full size, random weights
@@ -19,6 +22,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,7 @@ from harness import machine, python, record, take_turns, whole_process
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-SIDES = ("ours", "peft")
+SIDES = ("ours", "script", "peft")
 RANK, RATE = 8, 1e-4
 
 
@@ -104,7 +108,11 @@ def _measure(
         "batch": options.batch,
         "dtype": options.dtype,
         "device": options.device,
-        "speed_ratio": times["peft"]["median_s"] / times["ours"]["median_s"],
+        **{
+            ("" if side == "peft" else f"{side}_") + "speed_ratio": times[side]["median_s"]
+            / times["ours"]["median_s"]
+            for side in SIDES[1:]
+        },
     }
     steps.clear()
     for side in SIDES:
@@ -166,37 +174,44 @@ def _ours(
 
 
 def _peft(
-    model: Path, data: Path, options: argparse.Namespace, folder: Path
+    model: Path,
+    data: Path,
+    options: argparse.Namespace,
+    folder: Path,
+    *,
+    cached: bool = True,
 ) -> Callable[[int], None]:
-    """Do what diffusers' train_text_to_image_lora.py does, with everything cached in memory."""
+    """Do what diffusers' train_text_to_image_lora.py does; `cached` keeps all that is encoded."""
     import torch
     from diffusers import DDPMScheduler, StableDiffusionPipeline
     from peft import LoraConfig
-    from PIL import Image
-
-    from diptych.training.formats import read_examples
 
     dtype, device = getattr(torch, options.dtype), torch.device(options.device)
     pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
-    unet, vae = pipeline.unet.requires_grad_(False), pipeline.vae
-    latents, words = [], []
-    with torch.no_grad():
-        for example in read_examples(data)[0]:
-            with Image.open(data / example.name) as image:
-                pixels = np.asarray(image.convert("RGB"), np.float32) / 127.5 - 1
-            spread = vae.encode(torch.from_numpy(pixels.transpose(2, 0, 1))[None]).latent_dist
-            latents.append(spread)
-            tokens = pipeline.tokenizer(
-                example.captions[0],
-                padding="max_length",
-                max_length=77,
-                truncation=True,
-                return_tensors="pt",
-            )
-            words.append(pipeline.text_encoder(tokens.input_ids)[0])
+    unet, vae = pipeline.unet.requires_grad_(False), pipeline.vae.requires_grad_(False)
+    text_encoder = pipeline.text_encoder.requires_grad_(False)
+    pixels, tokens = _examples(data, pipeline.tokenizer)
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     scaling = vae.config.scaling_factor
-    del pipeline, vae
+    if cached:
+        with torch.no_grad():
+            spreads = [vae.encode(each).latent_dist for each in pixels]
+            words = [text_encoder(each)[0] for each in tokens]
+        del vae, text_encoder
+    else:
+        vae.to(device, dtype)
+        text_encoder.to(device, dtype)
+    del pipeline
+
+    def encoded(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        if cached:
+            seen = torch.cat([spreads[row].sample() for row in rows]).to(device, dtype)
+            return seen, torch.cat([words[row] for row in rows]).to(device, dtype)
+        with torch.no_grad():
+            shown = torch.cat([pixels[row] for row in rows]).to(device, dtype)
+            told = text_encoder(torch.cat([tokens[row] for row in rows]).to(device))[0]
+            return vae.encode(shown).latent_dist.sample(), told
+
     unet.to(device, dtype)
     targets = ["to_k", "to_q", "to_v", "to_out.0"]
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))
@@ -206,9 +221,9 @@ def _peft(
     optimizer = torch.optim.AdamW(learning, lr=RATE, weight_decay=1e-2)
 
     def step(number: int) -> None:
-        rows = [(number * options.batch + row) % len(latents) for row in range(options.batch)]
-        seen = torch.cat([latents[row].sample() for row in rows]).to(device, dtype) * scaling
-        told = torch.cat([words[row] for row in rows]).to(device, dtype)
+        rows = [(number * options.batch + row) % len(pixels) for row in range(options.batch)]
+        seen, told = encoded(rows)
+        seen = seen * scaling
         noise = torch.randn_like(seen)
         timesteps = torch.randint(0, 1000, (len(rows),), device=device)
         noisy = scheduler.add_noise(seen, noise, timesteps)
@@ -223,7 +238,30 @@ def _peft(
     return step
 
 
-SIDE = {"ours": _ours, "peft": _peft}
+def _examples(data: Path, tokenizer: Any) -> tuple[list[Any], list[Any]]:
+    """Return the pictures [1, 3, H, W] in -1..1 and the tokens [1, 77] of their captions."""
+    import torch
+    from PIL import Image
+
+    from diptych.training.formats import read_examples
+
+    pixels, tokens = [], []
+    for example in read_examples(data)[0]:
+        with Image.open(data / example.name) as image:
+            plain = np.asarray(image.convert("RGB"), np.float32) / 127.5 - 1
+        pixels.append(torch.from_numpy(plain.transpose(2, 0, 1))[None].contiguous())
+        made = tokenizer(
+            example.captions[0],
+            padding="max_length",
+            max_length=77,
+            truncation=True,
+            return_tensors="pt",
+        )
+        tokens.append(made.input_ids)
+    return pixels, tokens
+
+
+SIDE = {"ours": _ours, "script": partial(_peft, cached=False), "peft": _peft}
 
 
 def _side(data: Path) -> int:
