@@ -60,7 +60,7 @@ OUTPUT := $(DEV)/bin/python -c 'import sys, tomllib; print(tomllib.load(open(sys
 
 default-captioner: $(DEV)/.installed ## repeat the default captioner's recipe, into runs/ (hours)
 	@recipe=recipes/default_captioner; config=$(or $(CONFIG),$$recipe/config.toml); \
-	for stage in pretrain tokenizer train refine widen; do \
+	for stage in pretrain tokenizer train refine; do \
 	  $(DEV)/bin/python $$recipe/$$stage.py $$config || exit 1; \
 	done; \
 	$(DEV)/bin/python $$recipe/ship.py $$config "$$($(OUTPUT) $$config)/shipped"

@@ -4,7 +4,7 @@
 
 Several captions are drawn a photo; each is judged against the mean of its siblings, so that the
 better ones become likelier. The end of a sentence counts as a word, else captions that break off in
-the middle would win. Starts from the best checkpoint of stage 3, or from what `start` names.
+the middle would win. Starts from the best checkpoint of stage 3.
 """
 
 from __future__ import annotations
@@ -107,10 +107,10 @@ def main(config: dict[str, Any]) -> None:
 
     # Without dropout: what is drawn and what is learnt from must be the same distribution.
     model = new_model(config).to(device)
-    start = read_average(Path(options.get("start", output / "best.safetensors")))
-    names = model.state_dict().keys()  # stage 3 has a second head beside the model
-    start = {name.removeprefix("model."): value for name, value in start.items()}
-    model.load_state_dict({name: start[name] for name in names})
+    start = read_average(output / "best.safetensors")
+    model.load_state_dict(
+        {k.removeprefix("model."): v for k, v in start.items() if k.startswith("model.")}
+    )
     model.encoder.to(memory_format=torch.channels_last)
     average = Average(model, options["ema_decay"])
     optimizer = adamw(decayed(model.named_parameters(), 0.0), device, (0.9, 0.98))

@@ -1,4 +1,4 @@
-"""Stage 6: write the best model as the files that diptych embeds.
+"""Stage 5: write the best model as the files that diptych embeds.
 
     python recipes/default_captioner/ship.py [config.toml] [folder]
 

@@ -50,23 +50,6 @@ CAPTIONER = {
     "pretrain": {"image_size": 32, "epochs": 3, "batch_size": 16, "warmup_steps": 4},
     "train": {"epochs": 3, "batch_size": 8, "warmup_steps": 4, "stored_size": 40, "things": 3},
     "refine": {"epochs": 2, "batch_size": 8, "samples": 2, "warmup_steps": 2, "things": 3},
-    "widen": {
-        "epochs": 2,
-        "steps": 3,
-        "batch_size": 6,
-        "things": 8,
-        "things_weight": 1.0,
-        "learning_rate": 1e-4,
-        "encoder_learning_rate": 3e-4,
-        "weight_decay": 0.05,
-        "warmup_steps": 2,
-        "label_smoothing": 0.1,
-        "smallest_crop": 0.7,
-        "ema_decay": 0.9,
-        "blurred": 0.25,
-        "detailed": 0.7,
-    },
-    "ship": {"weights": "widened"},
 }
 GENERATOR = {
     "vae": {"latent_channels": 4, "block_out_channels": [8, 8], "norm_num_groups": 4},
@@ -220,14 +203,14 @@ def test_captioner_from_pictures_to_shipped_files_with_kills(data, tmp_path):
     recipe, runs = "default_captioner", Runs(tmp_path / "log.txt")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     once = config(recipe, CAPTIONER, data, whole)
-    for stage in ("pretrain", "tokenizer", "train", "refine", "widen"):
+    for stage in ("pretrain", "tokenizer", "train", "refine"):
         runs.finish([sys.executable, f"recipes/{recipe}/{stage}.py", str(once)])
 
     command = runs.make("default-captioner", config(recipe, CAPTIONER, data, killed))
-    for log, rows in (("pretrain", 2), ("train", 1), ("refine", 2), ("widen", 2)):
+    for log, rows in (("pretrain", 2), ("train", 1), ("refine", 2)):
         runs.kill(command, killed / f"{log}.jsonl", rows)
     runs.finish(command)
-    for name in ("pretrain", "train", "best", "refine", "widen", "widened"):
+    for name in ("pretrain", "train", "best", "refine"):
         equal(whole / f"{name}.safetensors", killed / f"{name}.safetensors")
 
     from diptych import Captioner
