@@ -96,6 +96,7 @@ def test_a_calibrated_generator(family: str, tmp_path: Path) -> None:
     rounding = report["int8"]["rounding"]
     assert rounding["products"] > 20
     assert "conv_in.weight" in rounding["kept_wide"]
+    assert any("conv_shortcut" in name for name in rounding["kept_wide"])
     assert json.loads((tmp_path / "small" / "export.json").read_text()) == report
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith("tmp")]
 
