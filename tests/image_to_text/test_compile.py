@@ -47,6 +47,16 @@ def test_the_same_words(folder: Path) -> None:
     assert counter.frame_count == first
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own imports
+def test_inductor_says_the_same(folder: Path) -> None:
+    captioner = Captioner.load(folder, runtime="torch", device="cpu", dtype="float32")
+    words = {"max_new_tokens": 8, "min_length": 9}
+    plain = [each.token_ids for each in captioner.caption(PICTURES, **words)]
+    captioner.compile()
+    assert [each.token_ids for each in captioner.caption(PICTURES, **words)] == plain
+
+
 def test_what_cannot_be_compiled(folder: Path) -> None:
     captioner = Captioner.load(folder, runtime="torch", device="cpu")
     with pytest.raises(BadInput, match="captioners compile in mode None or 'default'"):

@@ -119,6 +119,7 @@ def test_what_cannot_be_compiled(generator: ImageGenerator) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own imports
 def test_inductor_draws_the_same(generator: ImageGenerator) -> None:
     plain = draw(generator)
     generator.compile()
