@@ -49,12 +49,14 @@ def test_the_same_words(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own imports
-def test_inductor_says_the_same(folder: Path) -> None:
+def test_inductor_says_the_same(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     captioner = Captioner.load(folder, runtime="torch", device="cpu", dtype="float32")
     words = {"max_new_tokens": 8, "min_length": 9}
     plain = [each.token_ids for each in captioner.caption(PICTURES, **words)]
     captioner.compile()
-    assert [each.token_ids for each in captioner.caption(PICTURES, **words)] == plain
+    with caplog.at_level("WARNING", logger="diptych"):
+        assert [each.token_ids for each in captioner.caption(PICTURES, **words)] == plain
+    assert not caplog.records, "it ran without being compiled"
 
 
 def test_what_cannot_be_compiled(folder: Path) -> None:
