@@ -136,8 +136,12 @@ def export(tokenizer: Path) -> Callable[..., dict[str, Any]]:
 
     def run(captioner: VisionEncoderDecoder, folder: Path, **words: Any) -> dict[str, Any]:
         kept, source = words.pop("words", None), {"name": "random", "revision": None}
+        edge = captioner.config.encoder.image_size
         belongings = Belongings(
-            PREPROCESSING, GENERATION, words.pop("tokenizer", tokenizer), source
+            {**PREPROCESSING, "size": {"height": edge, "width": edge}},
+            GENERATION,
+            words.pop("tokenizer", tokenizer),
+            source,
         )
         wanted = Shrinking(**{"images": list(make_pictures(8)), **words})
         return export_captioner(captioner, folder, belongings, wanted, words=kept)
