@@ -103,8 +103,9 @@ def test_a_calibrated_generator(family: str, tmp_path: Path) -> None:
     opened = describe_generator(tmp_path / "small")
     verify(opened)
     file = onnx.load(tmp_path / "small" / "unet.onnx", load_external_data=False)
-    rounded = [node for node in file.graph.node if node.input[-1:] and node.op_type == "Conv"]
-    assert sum(node.input[1].endswith(".wide") for node in rounded) > 5
+    for op, least in (("Conv", 5), ("MatMul", 15)):
+        products = [node for node in file.graph.node if node.op_type == op]
+        assert sum(node.input[1].endswith(".wide") for node in products) > least
     # The last block has its weights from the whole network's file.
     assert not (tmp_path / "small" / "unet_shallow.onnx.data").exists()
 

@@ -37,7 +37,7 @@ def export(
     quantize: str | None = None,
     profile: str | None = None,
     images: Sequence[ImageInput] | None = None,
-    calibration: Sequence[ImageInput | str] | None = None,
+    calibration: Sequence[ImageInput] | None = None,
     words: Sequence[str] | None = None,
     revision: str | None = None,
     force: bool = False,
@@ -52,10 +52,10 @@ def export(
     it goes: int4, the vocabulary cut to what captions use (or `words`), in all under 100 MB.
     `images` are pictures to compare captions on; with `calibration` int8 fixes the ranges of what
     goes into products: pictures for a captioner's encoder, prompts for a generator's UNet, which
-    is the only one that then multiplies in 8 bits. With `measure` the model and its export run in a
-    process each, for size, memory and speed before and after. Returns the content of `export.json`.
-    Raises `BadInput` for a folder that holds something, and `QualityLoss` where a smaller model
-    falls under its bound, unless `force`.
+    multiplies in float32 without. With `measure` the model and its export run in a process each,
+    for size, memory and speed before and after. Returns the content of `export.json`. Raises
+    `BadInput` for a folder that holds something, and `QualityLoss` where a smaller model falls
+    under its bound, unless `force`.
     """
     found: ModelFolder | GeneratorFolder
     _check_task(task)
@@ -92,7 +92,7 @@ class ExportRequest:
     quantize: str | None = None
     profile: str | None = None
     images: Sequence[ImageInput] | None = None
-    calibration: Sequence[ImageInput | str] | None = None
+    calibration: Sequence[ImageInput] | None = None
     words: Sequence[str] | None = None
     force: bool = False
     measure: bool = True

@@ -14,20 +14,19 @@ from diptych.errors import BadInput
 from diptych.models import gpt2, unet, vit
 from diptych.models.layers import ResnetBlock
 
-__all__ = ["MODES", "check_mode", "compile_captioner", "compile_generator"]
+__all__ = ["check_mode", "compile_captioner", "compile_generator"]
 
 logger = logging.getLogger("diptych")
 
-MODES = ("default", "reduce-overhead", "max-autotune")
-
-_MODES_WITH_GRAPHS = MODES[1:]
+_MODES = ("default", "reduce-overhead", "max-autotune")
+_MODES_WITH_GRAPHS = _MODES[1:]
 _MOST_KINDS = 64
 
 
 def check_mode(mode: str | None) -> None:
     """Raise `BadInput` for what is no mode of torch.compile that is offered."""
-    if mode not in (None, *MODES):
-        raise BadInput(f"mode is {mode!r}: give None, {', '.join(map(repr, MODES))}")
+    if mode not in (None, *_MODES):
+        raise BadInput(f"mode is {mode!r}: give None, {', '.join(map(repr, _MODES))}")
 
 
 def compile_generator(modules: Mapping[str, nn.Module], **words: Any) -> int:
