@@ -14,7 +14,8 @@ fresh processes. One part a question:
 - memory: a process that imports, loads and draws; its peak, and how long each took
 - import: what `import` alone costs
 - embedded: the default generator, which needs no torch
-- cuda: whole pictures of 20 steps, beside diffusers as it is and compiled
+- cuda: whole pictures of 20 steps, beside diffusers as it is; with `--compiled` also both compiled,
+  which takes minutes
 
 Where a processor has no instructions for bfloat16, torch takes minutes for a step at 512 pixels:
 bfloat16 is measured at 64 pixels there, or at `--narrow-size`. `--quick` takes a tiny model, to see
@@ -63,6 +64,8 @@ class Setting:
     narrow_size: int
     repeats: int
     steps: int = 2
+    compiled: bool = False
+    types: tuple[str, ...] = ("bfloat16", "float16")
 
     def size_for(self, dtype: str) -> int:
         return self.size if dtype == "float32" else self.narrow_size
@@ -92,6 +95,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--keep", type=Path, help="keep the model files there for the next time")
     parser.add_argument("--quick", action="store_true", help="a tiny model instead")
+    parser.add_argument("--compiled", action="store_true", help="cuda: compiled sides as well")
+    parser.add_argument("--types", nargs="+", default=["bfloat16", "float16"], help="cuda: dtypes")
     parser.add_argument("--record", action="store_true", help="append to benchmarks/results")
     return parser.parse_args(arguments)
 
@@ -106,7 +111,15 @@ def _setting(options: argparse.Namespace, folder: Path) -> Setting:
     if {"float32", "bfloat16", "onnx", "int8", "memory", "cuda"} & set(options.parts):
         _silence()
         make_model(folder, quick=options.quick)
-    return Setting(folder, tuple(options.sides), size, narrow, options.repeats)
+    return Setting(
+        folder,
+        tuple(options.sides),
+        size,
+        narrow,
+        options.repeats,
+        compiled=options.compiled,
+        types=tuple(options.types),
+    )
 
 
 def make_model(folder: Path, *, quick: bool) -> None:
@@ -493,9 +506,11 @@ def cuda(setting: Setting) -> Iterator[dict[str, Any]]:
     if not torch.cuda.is_available():
         progress("no CUDA device here")
         return
-    for dtype in ("bfloat16", "float16"):
+    for dtype in setting.types:
         cases = _cuda_cases(setting, dtype)
         times = take_turns(cases, max(setting.repeats, 5), warmup=3)
+        made = {side: case() for side, case in cases.items()}
+        apart = _agreement({side.split()[0]: made[side] for side in reversed(made)}, whole=True)
         for side, figures in times.items():
             ratios = {
                 f"speed_ratio_to_{other.split()[-1]}": each["median_s"] / figures["median_s"]
@@ -509,6 +524,7 @@ def cuda(setting: Setting) -> Iterator[dict[str, Any]]:
                 "size": setting.size,
                 **figures,
                 **ratios,
+                **(apart if side == "ours" else {}),
                 "peak_gpu_mib": torch.cuda.max_memory_allocated() / 2**20,
                 "card": torch.cuda.get_device_name(),
             }
@@ -518,23 +534,34 @@ def cuda(setting: Setting) -> Iterator[dict[str, Any]]:
 
 
 def _cuda_cases(setting: Setting, dtype: str) -> dict[str, Case]:
+    """Return what draws the same picture by the same seed; memory of the card is that of all."""
     torch = _torch()
-    size, turn = setting.size, count()
+    size = setting.size
     words: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 7.5}
     words |= {"width": size, "height": size}
+    noise = np.random.default_rng(0).standard_normal((1, 4, size // 8, size // 8), np.float32)
+    ways = ("", " compiled") if setting.compiled else ("",)
     cases: dict[str, Case] = {}
-    if "ours" in setting.sides:
+
+    def ours(way: str) -> Case:
         from diptych import ImageGenerator
 
         generator = ImageGenerator.load(setting.folder, runtime="torch", device="cuda", dtype=dtype)
-        cases["ours"] = lambda: generator.generate(f"{PROMPT} {next(turn)}", seed=0, **words)
-    if "diffusers" in setting.sides:
-        for kind in ("eager", "compiled"):
-            pipeline = _pipeline(setting.folder, dtype).to("cuda")
-            if kind == "compiled":
-                pipeline.unet = torch.compile(pipeline.unet, mode="max-autotune")
-                pipeline.vae.decode = torch.compile(pipeline.vae.decode, mode="max-autotune")
-            cases[f"diffusers {kind}"] = lambda p=pipeline: p(f"{PROMPT} {next(turn)}", **words)
+        if way:
+            generator.compile()
+        return lambda: generator.generate(PROMPT, latents=noise, **words).image
+
+    def theirs(way: str) -> Case:
+        pipeline = _pipeline(setting.folder, dtype).to("cuda")
+        if way:
+            pipeline.unet = torch.compile(pipeline.unet, mode="reduce-overhead")
+        given = torch.from_numpy(noise).to("cuda", getattr(torch, dtype))
+        return lambda: pipeline(PROMPT, latents=given, **words).images[0]
+
+    for side, make in (("ours", ours), ("diffusers", theirs)):
+        if side in setting.sides:
+            for way in ways:
+                cases[side + (way or " eager" * (side == "diffusers"))] = make(way)
     # Pictures end on the CPU, so every case waits for the card by itself.
     return cases
 

@@ -166,7 +166,11 @@ def _step_in(setting: Setting, dtype: torch.dtype) -> Iterator[Row]:
     """Measure it beside diffusers as it is, then with its kernels laid out as ours are."""
     networks, given, task = _ours(setting, dtype), _inputs(setting, 2), "step of 2 rows"
     module, theirs = networks.modules["unet"], _their_unet(setting, dtype)
-    sides: Sides = {"ours": (module, lambda: networks["unet"](**given)[0])}
+    recorded = generator_networks(networks.modules, setting.device, record=setting.is_gpu)
+    sides: Sides = {
+        "ours": (module, lambda: recorded["unet"](**given)[0]),
+        "ours, not recorded": (module, lambda: networks["unet"](**given)[0]),
+    }
     if theirs is not None:
         _same_weights(module, theirs)
         sides["diffusers"] = (theirs, lambda: _their_step(theirs, given, dtype))
@@ -455,7 +459,7 @@ def _compared(
 
     with torch.no_grad():
         turns = {side: waiting(side) for side in sides}
-        times = take_turns(turns, repeats or setting.repeats, warmup=2)
+        times = take_turns(turns, repeats or setting.repeats, warmup=3)
     first = next(iter(sides))
     for side, figures in times.items():
         row = {"task": task, "side": side, "dtype": str(dtype).removeprefix("torch."), **figures}

@@ -29,6 +29,7 @@ from diptych.training.state import (
     save_state,
 )
 from pictures import Labelled, mixed, plain, tiny_imagenet, views
+from things import detailed
 
 
 class Classifier(nn.Module):
@@ -133,10 +134,15 @@ def main(config: dict[str, Any]) -> None:
         # All chance of an epoch follows from its number: a resumed run equals an unbroken one.
         chance = torch.Generator().manual_seed(config["seed"] * 1000 + epoch)
         draws = torch.Generator(device).manual_seed(config["seed"] * 1000 + epoch)
+        torch.manual_seed(config["seed"] * 1000 + epoch)
         order, losses = torch.randperm(len(train.labels), generator=chance).to(device), []
         for index in range(per_epoch):
             chosen = order[index * batch_size : (index + 1) * batch_size]
             pixels = views(train.pixels[chosen], size, options["smallest_crop"], draws)
+            # As later on, what their codec left must not be what they are known by.
+            if kept := round(options["detailed"] * batch_size):
+                others = pixels.roll(1, 0)[:kept]
+                pixels = torch.cat([detailed(pixels[:kept], others, draws), pixels[kept:]])
             labels = others = train.labels[chosen]
             stays = 1.0
             if torch.rand(1, generator=chance).item() < options["cutmix"]:

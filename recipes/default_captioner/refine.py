@@ -59,30 +59,36 @@ END = "<end>"
 class Jury:
     """Score captions by CIDEr-D, in one process a processor where there are many."""
 
-    def __init__(self, captions: Sequence[Sequence[str]]) -> None:
-        self._judge = CiderD([[[*tokenize_words(c), END] for c in several] for several in captions])
-        count = min(8, os.cpu_count() or 1)
+    def __init__(self, captions: Sequence[Sequence[str]], tokenizer: Gpt2Tokenizer) -> None:
+        judge = CiderD([[[*tokenize_words(c), END] for c in several] for several in captions])
+        self._seat = (judge, tokenizer)
+        count = min(14, (os.cpu_count() or 1) - 1)
         # Forked before anything touches a GPU; the judge is inherited, not sent.
         context = multiprocessing.get_context("fork")
-        self._pool = context.Pool(count, _seat, (self._judge,)) if count > 2 else None
+        self._pool = context.Pool(count, _take, self._seat) if count > 1 else None
 
-    def score(self, photos: Sequence[int], captions: Sequence[Sequence[str]]) -> Tensor:
-        """Return [captions]: that of each caption against the references of its photo."""
+    def score(self, photos: Sequence[int], captions: Sequence[Sequence[int]]) -> Tensor:
+        """Return [captions]: that of each, given as tokens, against the references of its photo."""
         pairs = list(zip(photos, captions, strict=True))
         if self._pool is None:
-            return torch.tensor([self._judge.score(*pair) for pair in pairs])
-        return torch.tensor(self._pool.map(_score, pairs, chunksize=40))
+            return torch.tensor([_judged(*self._seat, *pair) for pair in pairs])
+        return torch.tensor(self._pool.map(_score, pairs, chunksize=len(pairs) // 28 + 1))
 
 
-_seated: list[CiderD] = []  # the judge of a process of the pool
+_seated: list[tuple[CiderD, Gpt2Tokenizer]] = []  # those of a process of the pool
 
 
-def _seat(judge: CiderD) -> None:
-    _seated.append(judge)
+def _take(*seat: Any) -> None:
+    _seated.append(seat)  # type: ignore[arg-type]
 
 
-def _score(pair: tuple[int, Sequence[str]]) -> float:
-    return _seated[-1].score(*pair)
+def _score(pair: tuple[int, Sequence[int]]) -> float:
+    return _judged(*_seated[-1], *pair)
+
+
+def _judged(judge: CiderD, tokenizer: Gpt2Tokenizer, photo: int, caption: Sequence[int]) -> float:
+    words = tokenize_words(tokenizer.decode(list(caption)))
+    return judge.score(photo, [*words, *([END] if len(caption) < MAX_LENGTH else [])])
 
 
 def advantages(reward: Tensor, each: int) -> Tensor:
@@ -96,7 +102,7 @@ def main(config: dict[str, Any]) -> None:
     options, output = config["refine"], Path(config["output"])
     tokenizer = Gpt2Tokenizer.load(output / "tokenizer.json")
     train, val = (read_split(config, tokenizer, training) for training in (True, False))
-    jury = Jury(train.captions)
+    jury = Jury(train.captions, tokenizer)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config["seed"])
     torch.backends.cudnn.benchmark = True
@@ -175,12 +181,7 @@ def main(config: dict[str, Any]) -> None:
                 draws,
             )
             (written,) = draw(pixels)
-            rows = told(written)
-            words = [
-                [*tokenize_words(tokenizer.decode(row)), *([END] if len(row) < MAX_LENGTH else [])]
-                for row in rows
-            ]
-            reward = jury.score(photos.repeat_interleave(each).tolist(), words)
+            reward = jury.score(photos.repeat_interleave(each).tolist(), told(written))
             gain = torch.cat([advantages(reward, each).to(device), weight])
             inputs, targets = shifted(written)
             inputs = torch.cat([inputs, alone.inputs[further][:, taught].flatten(0, 1)])

@@ -17,6 +17,7 @@ from tiny_models import make_photo
 from tiny_pipelines import LAYER, write_lora
 
 torch = pytest.importorskip("torch")
+from diptych.runtimes.on_torch_generator import generator_networks  # noqa: E402
 
 SIZE = {"width": 64, "height": 64}
 PROMPTS = ["a red circle left of a blue square", "a boat", "two cats"]
@@ -147,6 +148,44 @@ def test_previews_tokens_merged_and_networks_that_take_turns(
     assert last.preview().size == last.result().image.size == (64, 64)
     note(offload_db=decibels, merged_db=psnr(merged, wanted))
     assert decibels >= 40
+
+
+def test_recorded_steps_draw_what_plain_ones_draw(
+    small_generator: Path, device: str, tmp_path: Path, note: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also with a LoRA beside the weights, in them, and gone; in other sizes, with style."""
+    generator = open_generator("small", small_generator, device, "float16")
+    plain = open_generator("small", small_generator, device, "float16")
+    assert plain.networks.modules is not None
+    plain.networks.update(generator_networks(plain.networks.modules, device))
+    width = plain.networks.modules["unet"].get_submodule(LAYER).weight.shape[0]
+    lora = write_lora(tmp_path / "lora.safetensors", 1, width)
+    both = (generator, plain)
+
+    def draw(side: int = 64, task: str = "") -> list[Image.Image]:
+        if task:
+            return [TASKS[task](each).image for each in both]
+        words: dict[str, Any] = {"seed": 5, "num_inference_steps": 5, "width": side, "height": side}
+        return [each.generate(PROMPTS[0], **words).image for each in both]
+
+    made = {"first": draw(), "again": draw(), "larger": draw(96)}
+    made |= {task: draw(task=task) for task in TASKS}
+    for fused in (False, True):
+        handles = [each.load_lora(lora, fused=fused) for each in both]
+        made[f"lora, fused={fused}"] = draw()
+        if not fused:
+            for handle in handles:
+                handle.set_scale(0.5)
+            made["lora, half"] = draw()
+        for each, handle in zip(both, handles, strict=True):
+            each.unload_lora(handle)
+    made["without"] = draw()
+    decibels = {name: psnr(*pictures) for name, pictures in made.items()}
+    changed = psnr(made["first"][0], made["lora, fused=False"][0])
+    note(psnr_db=min(decibels.values()), worst=min(decibels, key=decibels.get), lora_db=changed)  # type: ignore[arg-type]
+    assert min(decibels.values()) >= 60
+    assert changed < 60, "the LoRA changes nothing that could be seen"
+    assert not [each for each in caplog.messages if "recorded" in each]
 
 
 @pytest.fixture

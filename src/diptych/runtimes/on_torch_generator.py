@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from diptych.models import clip_text, tiny_vae, unet, vae
 from diptych.runtimes.network import OpenNetworks, check_wanted
 from diptych.runtimes.on_torch import best_device
+from diptych.runtimes.on_torch_recorded import RecordedNetwork
 from diptych.runtimes.on_torch_widened import computed_in, widening
 from diptych.weights.diffusion import GeneratorFolder
 
@@ -62,7 +63,9 @@ def open_generator_checkpoint(
     for module in modules.values():
         module.eval().requires_grad_(False)
     lay_out(modules, device)
-    return generator_networks(modules, device, offload=bool(offload), reason=reason)
+    offload = bool(offload)
+    record = device.startswith("cuda") and not offload
+    return generator_networks(modules, device, offload=offload, record=record, reason=reason)
 
 
 def generator_networks(
@@ -70,12 +73,14 @@ def generator_networks(
     device: str | None = None,
     *,
     offload: bool = False,
+    record: bool = False,
     reason: str = "it was asked for",
 ) -> OpenNetworks:
     """Wrap `modules` (text_encoder, text_encoder_2, unet, vae) as they are.
 
     They move to `device`, if it is given. With `offload` they wait in main memory, and each is on
-    the device for its turn only.
+    the device for its turn only. `record` launches the UNet as CUDA graphs: not for one that
+    learns, since a graph keeps no way back.
     """
     parameter = next(modules["unet"].parameters())
     device = str(parameter.device) if device is None else device
@@ -86,9 +91,10 @@ def generator_networks(
             io = (clip_text.INPUTS, clip_text.OUTPUTS)
             networks[name] = TorchNetwork(stage, name, _encode_text, *io)
     inputs = cast(unet.UNet, modules["unet"]).config.inputs
-    networks["unet"] = TorchNetwork(stage, "unet", _predict, inputs, unet.OUTPUTS)
+    calls = (RecordedNetwork(_predict), RecordedNetwork(_finish)) if record else (_predict, _finish)
+    networks["unet"] = TorchNetwork(stage, "unet", calls[0], inputs, unet.OUTPUTS)
     io = ({**inputs, **unet.DEEP_FEATURES}, {"noise_pred": unet.OUTPUTS["noise_pred"]})
-    networks["unet_shallow"] = TorchNetwork(stage, "unet", _finish, *io)
+    networks["unet_shallow"] = TorchNetwork(stage, "unet", calls[1], *io)
     networks["vae_encoder"] = TorchVae(stage, "vae", _encode_picture, vae.INPUTS, vae.OUTPUTS)
     io = (vae.DECODER_INPUTS, vae.DECODER_OUTPUTS)
     networks["vae_decoder"] = TorchVae(stage, "vae", _decode_picture, *io)

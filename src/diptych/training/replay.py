@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from diptych.runtimes.on_torch_recorded import Recording
 
 __all__ = ["Replay", "set_rate"]
 
@@ -34,7 +35,7 @@ class Replay:
         if not self.enabled:
             return step
         calls: dict[tuple[torch.Size, ...], int] = {}
-        recorded: dict[tuple[torch.Size, ...], _Recorded] = {}
+        recorded: dict[tuple[torch.Size, ...], Recording] = {}
 
         def replayed(*inputs: Tensor) -> tuple[Tensor, ...]:
             shapes = tuple(each.shape for each in inputs)
@@ -43,7 +44,7 @@ class Replay:
                 return self._eager(step, inputs)
             if shapes in recorded:
                 return recorded[shapes].replay(inputs)
-            recorded[shapes] = _Recorded(step, inputs, self._pool, self._stream)
+            recorded[shapes] = Recording(step, inputs, self._pool, self._stream)
             return recorded[shapes].first()
 
         return replayed
@@ -55,29 +56,6 @@ class Replay:
             outputs = step(*inputs)
         current.wait_stream(self._stream)
         return outputs
-
-
-class _Recorded:
-    """Hold one graph, the tensors it reads and the tensors it writes."""
-
-    def __init__(
-        self, step: Step, inputs: tuple[Tensor, ...], pool: Any, stream: torch.cuda.Stream
-    ) -> None:
-        self._inputs = tuple(each.clone() for each in inputs)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, stream=stream):
-            self._outputs = step(*self._inputs)
-
-    def first(self) -> tuple[Tensor, ...]:
-        # Not a copy of the inputs again: the backward of a step to come may be recorded from them.
-        self._graph.replay()
-        return self._outputs
-
-    def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        for mine, given in zip(self._inputs, inputs, strict=True):
-            mine.copy_(given, non_blocking=True)
-        self._graph.replay()
-        return self._outputs
 
 
 def set_rate(
