@@ -4,7 +4,7 @@
 
 Several captions are drawn a photo; each is judged against the mean of its siblings, so that the
 better ones become likelier. The end of a sentence counts as a word, else captions that break off in
-the middle would win. Starts from the best checkpoint of stage 3.
+the middle would win. Starts from the best checkpoint of stage 3, or with `start` "train" from its last.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def main(config: dict[str, Any]) -> None:
 
     # Without dropout: what is drawn and what is learnt from must be the same distribution.
     model = new_model(config).to(device)
-    start = read_average(output / "best.safetensors")
+    start = read_average(output / f"{options.get('start', 'best')}.safetensors")
     model.load_state_dict(
         {k.removeprefix("model."): v for k, v in start.items() if k.startswith("model.")}
     )

@@ -80,6 +80,26 @@ def test_half_precision_says_nearly_the_same(
         assert share >= (0.7 if (model, dtype) == ("default", "float16") else 0.3)
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_later_captions_are_those_of_the_first(
+    model: str,
+    small_captioner: Path,
+    device: str,
+    photos: list[Path],
+    note: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """From the second search of a kind on the cache is held and words are recorded."""
+    captioner = open_captioner(model, small_captioner, device, "float32")
+    for search in SEARCHES:
+        made = [captions(captioner, photos, search) for _ in range(3)]
+        ids = [[each.token_ids for each in one] for one in made]
+        same = sum(a == b == c for a, b, c in zip(*ids, strict=True))
+        note(model=model, search=search, same=same, of=len(photos))
+        assert same == len(photos)
+    assert not [each for each in caplog.messages if "graph" in each]
+
+
 def test_words_come_one_by_one_and_show_where_they_look(
     small_captioner: Path, device: str, photos: list[Path], note: Any
 ) -> None:

@@ -1,7 +1,6 @@
 """When a network's calls are recorded, and when what was recorded is forgotten; without a GPU.
 
-`Replica` is what a CUDA graph is: it reads inputs of its own and weights where they lay. Real
-graphs are compared with plain calls in tests/gpu.
+Real graphs are compared with plain calls in tests/gpu.
 """
 
 from __future__ import annotations
@@ -12,28 +11,7 @@ torch = pytest.importorskip("torch")
 from diptych.models.lora import LowRank, attach, detach  # noqa: E402
 from diptych.models.unet import UNet, UNetConfig  # noqa: E402
 from diptych.runtimes.on_torch_recorded import RecordedNetwork  # noqa: E402
-
-
-class Replica:
-    """Stand for a CUDA graph: written into the same tensors by each run."""
-
-    made = 0
-
-    def __init__(self, call, inputs, pool):
-        type(self).made += 1
-        self.call = call
-        self.inputs = tuple(each.clone() for each in inputs)
-        self.outputs = tuple(torch.zeros_like(each) for each in call(*self.inputs))
-
-    def first(self):
-        for mine, made in zip(self.outputs, self.call(*self.inputs), strict=True):
-            mine.copy_(made)
-        return self.outputs
-
-    def replay(self, inputs):
-        for mine, given in zip(self.inputs, inputs, strict=True):
-            mine.copy_(given)
-        return self.first()
+from replicas import Replica  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -8,13 +8,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diptych.image_to_text import decoding
-from diptych.runtimes.network import BRIDGED, ChoosingNetwork, Network, gather_rows
+from diptych.runtimes.network import (
+    BRIDGED,
+    ChoosingNetwork,
+    HeldSearch,
+    HoldingNetwork,
+    Network,
+    gather_rows,
+)
 
 __all__ = ["decoder_step"]
 
 
 def decoder_step(decoder: Network, bridge: str, bridged: Any) -> decoding.Step:
     """Return the step of a search over the pictures that `bridged` is of; it serves one search."""
+    if isinstance(decoder, HoldingNetwork):
+        return _HeldStep(decoder, bridge, bridged)
     if isinstance(decoder, ChoosingNetwork):
         return _ChoosingStep(decoder, bridge, bridged)
     return _Step(decoder, bridge, bridged)
@@ -80,3 +89,42 @@ class _ChoosingStep(_Step):
         )
         self._keep(present)
         return best, logits, log_sums
+
+
+class _HeldStep(_ChoosingStep):
+    """Hand the search over to a decoder that keeps the cache, as soon as its rows are known."""
+
+    decoder: HoldingNetwork
+
+    def __init__(self, decoder: Network, bridge: str, bridged: Any) -> None:
+        super().__init__(decoder, bridge, bridged)
+        self.held: HeldSearch | None = None
+        self.is_known = False
+
+    def __call__(
+        self, token_ids: NDArray[np.int64], parents: NDArray[np.int64] | None
+    ) -> NDArray[np.float32]:
+        rows = self._held(parents)
+        if self.held is not None:
+            return self.held.logits(token_ids, rows)
+        return super().__call__(token_ids, rows)
+
+    def best(
+        self, token_ids: NDArray[np.int64], parents: NDArray[np.int64] | None, count: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+        rows = self._held(parents)
+        if self.held is not None:
+            return self.held.best(token_ids, rows, count)
+        return super().best(token_ids, rows, count)
+
+    def _held(self, parents: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
+        """Return the parents that are still to be followed."""
+        if parents is None or self.is_known:
+            return parents
+        self.is_known = True
+        self._follow(parents)
+        self.held = self.decoder.hold(self.past, self.bridged, self.images)
+        if self.held is None:
+            return np.arange(len(parents))
+        self.past = self.bridged = None
+        return None

@@ -92,6 +92,7 @@ class Gpt2(nn.Module):
         cross_key_values: Tensor | None = None,
         prefix_embeds: Tensor | None = None,
         need_weights: bool = False,
+        position: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Run `input_ids` [N, T], behind `prefix_embeds` [N, P, D] where given.
 
@@ -99,15 +100,22 @@ class Gpt2(nn.Module):
         as in `INPUTS`. Returns the hidden states [N, P + T, D], the grown cache, and a list, empty
         unless `need_weights`, of each layer's weights: [N, heads, T, P] on the picture with
         cross-attention, else [N, heads, P + T, S + P + T] on everything before.
+
+        With `position` [1], a whole number, T is 1 and the cache has room for S words, of which
+        as many are there: it is written in place, and given back as it is.
         """
         hidden = self.wte(input_ids)
         if prefix_embeds is not None:
             hidden = torch.cat([prefix_embeds.to(hidden.dtype), hidden], dim=1)
         new = hidden.shape[1]
         past = 0 if past_key_values is None else past_key_values.shape[4]
-        positions = torch.arange(past, past + new, device=hidden.device)
+        positions = position
+        if positions is None:
+            positions = torch.arange(past, past + new, device=hidden.device)
         hidden = self.drop(hidden + self.wpe(positions))
         mask = None if new == 1 else causal_mask(new, past + new, hidden.device)
+        if position is not None:
+            mask = torch.arange(past, device=hidden.device)[None, :] <= position
         present, weights = [], []
         # Unbound: the gradient of a slice would be as large as the whole cache, layer for layer.
         pasts = [None] * len(self.h) if past_key_values is None else past_key_values.unbind()
@@ -118,10 +126,13 @@ class Gpt2(nn.Module):
                 pasts[layer],
                 None if cross_key_values is None else cross_key_values[layer],
                 need_weights,
+                position,
             )
             present.append(key_values)
             weights.append(seen)
-        return self.ln_f(hidden), torch.stack(present), weights if need_weights else []
+        whole = past_key_values if position is not None else None
+        cache = torch.stack(present) if whole is None else whole
+        return self.ln_f(hidden), cache, weights if need_weights else []
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Score every word: [..., D] to [..., V]."""
@@ -165,8 +176,9 @@ class Block(nn.Module):
         past: Tensor | None,
         cross: Tensor | None,
         need_weights: bool,
+        position: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        mixed, present, weights = self.attn(self.ln_1(hidden), mask, past, need_weights)
+        mixed, present, weights = self.attn(self.ln_1(hidden), mask, past, need_weights, position)
         hidden = hidden + mixed
         if self.crossattention is not None and cross is not None:
             mixed, weights = self.crossattention(self.ln_cross_attn(hidden), cross, need_weights)
@@ -185,13 +197,20 @@ class SelfAttention(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(
-        self, hidden: Tensor, mask: Tensor | None, past: Tensor | None, need_weights: bool
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        past: Tensor | None,
+        need_weights: bool,
+        position: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         query, key, value = (
             split_heads(part, self.num_heads) for part in self.c_attn(hidden).chunk(3, dim=-1)
         )
         present = torch.stack([key, value])
-        if past is not None:
+        if past is not None and position is not None:
+            present = past.index_copy_(3, position, present)
+        elif past is not None:
             present = torch.cat([past.to(present.dtype), present], dim=3)
         mixed, weights = attention(
             query,

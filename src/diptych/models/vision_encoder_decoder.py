@@ -72,6 +72,16 @@ class VisionEncoderDecoder(nn.Module):
         seen = self._image_attention(weights, input_ids.shape[1]) if need_weights else None
         return self.decoder.logits(hidden[:, -1]), present, seen
 
+    def step_in_place(
+        self, input_ids: Tensor, cross: Tensor | None, cache: Tensor, position: Tensor
+    ) -> Tensor:
+        """Return the logits [N, V] behind `input_ids` [N, 1]; see `position` of `Gpt2.forward`.
+
+        `cross` is what `encode` gave, None with the prefix bridge: the picture is in the cache.
+        """
+        hidden, _, _ = self.decoder(input_ids, cache, cross, position=position)
+        return self.decoder.logits(hidden[:, -1])
+
     def forward(self, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
         """Return the logits [B, T, V] behind every word of `input_ids` [B, T], for training."""
         return self.score(self.encode(pixel_values), input_ids)

@@ -28,6 +28,8 @@ __all__ = [
     "STYLE_INPUTS",
     "Array",
     "ChoosingNetwork",
+    "HeldSearch",
+    "HoldingNetwork",
     "Network",
     "OpenNetworks",
     "check_wanted",
@@ -105,6 +107,31 @@ class ChoosingNetwork(Network, Protocol):
         First come their ids [N, K] in any order, K being `count` or V, their logits [N, K], and
         [N] logarithms of the sums of exp(logit - highest logit) over all words.
         """
+        ...
+
+
+class HeldSearch(Protocol):
+    """Hold the cache of a search where the decoder runs; rows of a call are those of a `Step`."""
+
+    def logits(
+        self, token_ids: NDArray[np.int64], parents: NDArray[np.int64] | None
+    ) -> NDArray[np.float32]:
+        """Feed tokens [N, 1] and return the logits [N, V]; `parents` None leaves rows in place."""
+        ...
+
+    def best(
+        self, token_ids: NDArray[np.int64], parents: NDArray[np.int64] | None, count: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+        """Feed tokens and return what `ChoosingNetwork.best` says of the `count` best words."""
+        ...
+
+
+@runtime_checkable
+class HoldingNetwork(ChoosingNetwork, Protocol):
+    """A decoder that can keep the cache of a search to itself."""
+
+    def hold(self, past_key_values: Array, bridged: Array | None, images: int) -> HeldSearch | None:
+        """Take over a search whose rows are in `past_key_values`; None where that gains nothing."""
         ...
 
 

@@ -41,8 +41,13 @@ def open_checkpoint(
 
 def torch_networks(module: VisionEncoderDecoder) -> dict[str, Network]:
     """Wrap the two halves of `module`, which is left as it is."""
+    device = _device(module).type
+    if device == "cuda":
+        from diptych.runtimes.on_torch_held import HoldingDecoder, RecordedEncoder
+
+        return {"encoder": RecordedEncoder(module), "decoder": HoldingDecoder(module)}
     # On a CPU logits need no transfer, and NumPy ranks them sooner than torch does.
-    decoder = TorchDecoder if _device(module).type == "cpu" else ChoosingDecoder
+    decoder = TorchDecoder if device == "cpu" else ChoosingDecoder
     return {"encoder": TorchEncoder(module), "decoder": decoder(module)}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diptych.models.lora import LowRank
 
-__all__ = ["RecordedNetwork", "Recording"]
+__all__ = ["RecordedNetwork", "Recording", "has_room", "laid_out", "warn"]
 
 logger = logging.getLogger("diptych")
 
@@ -81,7 +81,7 @@ class RecordedNetwork:
         given = {name: each for name, each in arrays.items() if each is not None}
         if self._fails or not all(_is_bare(each) for each in given.values()) or _is_cast(module):
             return self._call(module, arrays)
-        if (state := _state(module)) != self._state:
+        if (state := laid_out(module)) != self._state:
             self.forget()
             self._state = state
         tensors = tuple(given.values())
@@ -90,7 +90,7 @@ class RecordedNetwork:
             self._recorded.move_to_end(key)
             return _own(self._recorded[key].replay(tensors))
         self._calls[key] += 1
-        if self._calls[key] <= _EAGER or not _has_room(tensors[0].device):
+        if self._calls[key] <= _EAGER or not has_room(tensors[0].device):
             return self._call(module, arrays)
         return self._first(module, tuple(given), tensors, key)
 
@@ -117,8 +117,7 @@ class RecordedNetwork:
         try:
             recording = self._record(call, tensors, self._pool)
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0][:200]
-            logger.warning("no CUDA graph could be recorded, all runs without: %s", reason)
+            warn(error)
             self._fails = True
             self.forget()
             return call(*tensors)
@@ -131,6 +130,12 @@ def _own(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(each.clone() for each in outputs)
 
 
+def warn(error: RuntimeError) -> None:
+    """Say that calls run as they are, and why."""
+    reason = str(error).partition("\n")[0][:200]
+    logger.warning("no CUDA graph could be recorded, all runs without: %s", reason)
+
+
 def _is_bare(value: Any) -> bool:
     return isinstance(value, Tensor)
 
@@ -140,7 +145,8 @@ def _is_cast(module: nn.Module) -> bool:
     return torch.is_autocast_enabled("cuda") or "predict" in vars(module)
 
 
-def _has_room(device: torch.device) -> bool:
+def has_room(device: torch.device) -> bool:
+    """Tell whether a card has memory to spare: a graph keeps its own."""
     if device.type != "cuda":
         return True
     free, _ = torch.cuda.mem_get_info(device)
@@ -149,7 +155,7 @@ def _has_room(device: torch.device) -> bool:
     )
 
 
-def _state(module: nn.Module) -> list[Any]:
+def laid_out(module: nn.Module) -> list[Any]:
     """Say where all weights lie, what else a graph holds as it was, and what is compiled.
 
     A third of a millisecond for a UNet of Stable Diffusion, while the card computes.
