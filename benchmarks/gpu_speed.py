@@ -41,7 +41,8 @@ from diptych.image_to_text.decoding import search
 from diptych.image_to_text.options import CaptionOptions
 from diptych.models.gpt2 import Gpt2Config
 from diptych.models.layers import ResnetBlock
-from diptych.models.unet import SpatialTransformer, UNet, UNetConfig
+from diptych.models.unet import UNet, UNetConfig
+from diptych.models.unet_blocks import SpatialTransformer
 from diptych.models.vae import Vae, VaeConfig
 from diptych.models.vision_encoder_decoder import VisionEncoderDecoder, VisionEncoderDecoderConfig
 from diptych.models.vit import ViTConfig

@@ -62,6 +62,8 @@ TORCH_LINE = (
     "weights.save_module",
     "runtimes.on_torch",
     "runtimes.on_torch_generator",
+    "runtimes.on_torch_held",
+    "runtimes.on_torch_recorded",
     "runtimes.on_torch_compiled",
     "runtimes.on_torch_widened",
     "runtimes.export",

@@ -4,7 +4,8 @@
 
 Several captions are drawn a photo; each is judged against the mean of its siblings, so that the
 better ones become likelier. The end of a sentence counts as a word, else captions that break off in
-the middle would win. Starts from the best checkpoint of stage 3, or with `start` "train" from its last.
+the middle would win. Starts from the best checkpoint of stage 3, or, with `start` "train", from its
+last.
 """
 
 from __future__ import annotations

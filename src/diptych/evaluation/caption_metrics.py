@@ -17,6 +17,18 @@ from itertools import chain
 import numpy as np
 
 from diptych.errors import BadInput
+from diptych.evaluation.cider import CiderD, DocumentFrequency, cider_d
+from diptych.evaluation.token_lists import (
+    MAX_N,
+    Gram,
+    ImageScores,
+    Tokens,
+    check_groups,
+    check_lengths,
+    check_pairs,
+    grams,
+    image_scores,
+)
 
 __all__ = [
     "BleuScore",
@@ -32,12 +44,6 @@ __all__ = [
     "tokenize",
     "tokenize_words",
 ]
-
-# Words or token ids: training scores ids without decoding them.
-Tokens = Sequence[Hashable]
-Gram = tuple[Hashable, ...]
-
-_MAX_N = 4
 
 # --- tokens ---------------------------------------------------------------------------------------
 
@@ -104,14 +110,14 @@ def bleu(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -
 
     `hypotheses` B token lists, `references` B lists of token lists (Papineni et al. 2002).
     """
-    _check_pairs(hypotheses, references)
-    matches, guesses = [0] * _MAX_N, [0] * _MAX_N
+    check_pairs(hypotheses, references)
+    matches, guesses = [0] * MAX_N, [0] * MAX_N
     hypothesis_length = reference_length = 0
     for hypothesis, group in zip(hypotheses, references, strict=True):
         length = len(hypothesis)
         hypothesis_length += length
         reference_length += min((abs(len(r) - length), len(r)) for r in group)[1]
-        for n in range(1, _MAX_N + 1):
+        for n in range(1, MAX_N + 1):
             guesses[n - 1] += max(0, length - n + 1)
         for gram, count in _clipped_matches(hypothesis, group):
             matches[len(gram) - 1] += count
@@ -120,15 +126,15 @@ def bleu(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -
 
 
 def _clipped_matches(hypothesis: Tokens, group: Sequence[Tokens]) -> Iterator[tuple[Gram, int]]:
-    known = set(chain.from_iterable(map(_grams, group)))
-    for gram, count in Counter(_grams(hypothesis)).items():
+    known = set(chain.from_iterable(map(grams, group)))
+    for gram, count in Counter(grams(hypothesis)).items():
         if gram in known:
             # A gram said once cannot be said too often; only repeats need the references' counts.
             yield gram, 1 if count == 1 else min(count, _highest_count(gram, group))
 
 
 def _highest_count(gram: Gram, group: Sequence[Tokens]) -> int:
-    return max(list(_grams(reference)).count(gram) for reference in group)
+    return max(list(grams(reference)).count(gram) for reference in group)
 
 
 def _geometric_means(
@@ -138,7 +144,7 @@ def _geometric_means(
     brevity = math.exp(1.0 - 1.0 / ratio) if ratio < 1.0 else 1.0
     scores = []
     product = 1.0
-    for n in range(1, _MAX_N + 1):
+    for n in range(1, MAX_N + 1):
         product *= (matches[n - 1] + _TINY) / (guesses[n - 1] + _SMALL)
         scores.append(brevity * product ** (1.0 / n))
     return scores[0], scores[1], scores[2], scores[3]
@@ -149,22 +155,14 @@ def _geometric_means(
 _ROUGE_BETA = 1.2
 
 
-@dataclass(frozen=True, slots=True)
-class ImageScores:
-    """Hold one score for each image and their mean."""
-
-    mean: float
-    per_image: tuple[float, ...]
-
-
 def rouge_l(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> ImageScores:
     """Compute ROUGE-L, 0 to 1, with beta 1.2, best precision and best recall chosen separately.
 
     `hypotheses` B token lists, `references` B lists of token lists (Lin 2004).
     """
-    _check_pairs(hypotheses, references)
+    check_pairs(hypotheses, references)
     pairs = zip(hypotheses, references, strict=True)
-    return _image_scores([_rouge_l_of_image(hypothesis, group) for hypothesis, group in pairs])
+    return image_scores([_rouge_l_of_image(hypothesis, group) for hypothesis, group in pairs])
 
 
 def _rouge_l_of_image(hypothesis: Tokens, group: Sequence[Tokens]) -> float:
@@ -198,158 +196,6 @@ def _longest_common_subsequence(places: Mapping[Hashable, int], length: int, oth
         if match := row & places.get(token, 0):
             row = (row + match | row - match) & everywhere
     return length - row.bit_count()
-
-
-# --- CIDEr-D --------------------------------------------------------------------------------------
-
-_CIDER_SIGMA = 6.0
-
-
-@dataclass(frozen=True, slots=True)
-class DocumentFrequency:
-    """Hold in how many of `num_images` images some reference contains each 1- to 4-gram.
-
-    Grams are tuples of tokens. One made from a training set scores any sample against that set.
-    """
-
-    counts: Mapping[Gram, int]
-    num_images: int
-
-    def __post_init__(self) -> None:
-        if self.num_images < max(self.counts.values(), default=1):
-            raise BadInput(
-                f"document frequency: num_images is {self.num_images}, fewer than the images in "
-                "which its most frequent n-gram was counted; count both over the same images"
-            )
-
-    @classmethod
-    def from_references(cls, references: Sequence[Sequence[Tokens]]) -> DocumentFrequency:
-        """Count each gram once per image over B lists of reference token lists."""
-        _check_references(references)
-        seen = (set(chain.from_iterable(map(_grams, group))) for group in references)
-        return cls(Counter(chain.from_iterable(seen)), len(references))
-
-
-class CiderD:
-    """Score many hypotheses against the same references (CIDEr-D, Vedantam et al. 2015).
-
-    `references` B lists of token lists. Their n-grams are counted once, so that `score` costs one
-    pass over the hypothesis: made for self-critical training (Rennie et al. 2017), where tokens
-    may be ids (plain integers) and the end-of-sentence token may count as a word. Weights come
-    from `document_frequency`, by default that of the references themselves; with a single image
-    every weight, and so every score, is then 0. Takes about 20 kB an image: where that is too
-    much, make one object per batch, all from one document frequency.
-    """
-
-    def __init__(
-        self,
-        references: Sequence[Sequence[Tokens]],
-        document_frequency: DocumentFrequency | None = None,
-    ) -> None:
-        _check_references(references)
-        # Counting twice is faster than holding every count while the frequencies are summed.
-        frequency = document_frequency or DocumentFrequency.from_references(references)
-        self._weights = _SquaredWeights(frequency)
-        self._images = [_ImageIndex(group, self._weights) for group in references]
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def score(self, image: int, hypothesis: Tokens) -> float:
-        """Compute CIDEr-D, 0 to 10, of one token list against the references of image `image`."""
-        return self._images[image].score(hypothesis, self._weights)
-
-    def score_all(self, hypotheses: Sequence[Tokens]) -> ImageScores:
-        """Score hypothesis i against image i, for B token lists and B images."""
-        _check_hypotheses(hypotheses)
-        _check_lengths(len(hypotheses), len(self))
-        return _image_scores([self.score(i, tokens) for i, tokens in enumerate(hypotheses)])
-
-
-def cider_d(
-    hypotheses: Sequence[Tokens],
-    references: Sequence[Sequence[Tokens]],
-    document_frequency: DocumentFrequency | None = None,
-) -> ImageScores:
-    """Compute CIDEr-D, 0 to 10 for each image (Vedantam et al. 2015).
-
-    `hypotheses` B token lists, `references` B lists of token lists. Weights depend on the set of
-    references: compare scores of the same images only. One image alone scores 0.
-    """
-    _check_pairs(hypotheses, references)
-    return CiderD(references, document_frequency).score_all(hypotheses)
-
-
-class _SquaredWeights(dict[Gram, float]):
-    """Map a gram to the square of its weight, log(images / images with the gram)."""
-
-    def __init__(self, frequency: DocumentFrequency) -> None:
-        log_images = math.log(frequency.num_images)
-        # Most grams are in one image only; leaving those out saves most of the memory.
-        super().__init__(
-            (gram, (log_images - math.log(count)) ** 2)
-            for gram, count in frequency.counts.items()
-            if count > 1
-        )
-        self.rare = log_images**2
-
-
-class _ImageIndex:
-    """Find in one look-up all references of an image that contain a gram.
-
-    A slot is 4 * reference + n - 1, so each reference has one for its grams of n tokens.
-    """
-
-    __slots__ = ("_inverse_norms", "_lengths", "_postings")
-
-    def __init__(self, group: Sequence[Tokens], weights: _SquaredWeights) -> None:
-        squares = [0.0] * (_MAX_N * len(group))
-        firsts = [((slot, 1),) for slot in range(len(squares))]
-        postings: dict[Gram, tuple[tuple[int, int], ...]] = {}  # gram → (slot, count) …
-        weight_of, rare = weights.get, weights.rare
-        for number, tokens in enumerate(group):
-            before = _MAX_N * number - 1
-            for gram, count in Counter(_grams(tokens)).items():
-                slot = before + len(gram)
-                squares[slot] += weight_of(gram, rare) * count * count
-                if gram in postings or count > 1:
-                    postings[gram] = (*postings.get(gram, ()), (slot, count))
-                else:
-                    # By far the most frequent case shares its tuple: less time, half the memory.
-                    postings[gram] = firsts[slot]
-        self._postings = postings
-        self._inverse_norms = tuple(map(_inverse_root, squares))
-        self._lengths = tuple(map(len, group))
-
-    def score(self, hypothesis: Tokens, weights: _SquaredWeights) -> float:
-        squares = [0.0] * _MAX_N
-        overlaps = [0.0] * len(self._inverse_norms)
-        # No weight is negative, so min(h, r) * r is weight² * min(counts) * count in r.
-        for gram, count in Counter(_grams(hypothesis)).items():
-            weight = weights.get(gram, weights.rare)
-            squares[len(gram) - 1] += weight * count * count
-            for slot, times in self._postings.get(gram, ()):
-                overlaps[slot] += weight * min(count, times) * times
-        return self._mean_similarity(overlaps, squares, len(hypothesis))
-
-    def _mean_similarity(
-        self, overlaps: Sequence[float], squares: Sequence[float], length: int
-    ) -> float:
-        inverse_norms = [_inverse_root(square) for square in squares]
-        total = 0.0
-        for number, reference_length in enumerate(self._lengths):
-            cosine = 0.0
-            for n in range(_MAX_N):
-                slot = _MAX_N * number + n
-                cosine += overlaps[slot] * self._inverse_norms[slot] * inverse_norms[n]
-            # The reference scorer measures length in bigrams: one word and none are the same.
-            distance = max(length, 1) - max(reference_length, 1)
-            total += cosine * math.exp(-(distance**2) / (2.0 * _CIDER_SIGMA**2))
-        return 10.0 * total / (_MAX_N * len(self._lengths))
-
-
-def _inverse_root(square: float) -> float:
-    return 1.0 / math.sqrt(square) if square > 0.0 else 0.0
 
 
 # --- everything at once ---------------------------------------------------------------------------
@@ -432,65 +278,13 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-# --- shared ---------------------------------------------------------------------------------------
-
-
-def _grams(tokens: Tokens) -> Iterator[Gram]:
-    """Yield the 1-, 2-, 3- and 4-grams, each a tuple of tokens."""
-    tails = [tokens[start:] for start in range(_MAX_N)]
-    return chain.from_iterable(zip(*tails[:n], strict=False) for n in range(1, _MAX_N + 1))
-
-
-def _image_scores(scores: Sequence[float]) -> ImageScores:
-    return ImageScores(math.fsum(scores) / len(scores), tuple(scores))
-
-
-def _check_pairs(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> None:
-    _check_hypotheses(hypotheses)
-    _check_lengths(len(hypotheses), len(references))
-    _check_references(references)
-
-
-def _check_hypotheses(hypotheses: Sequence[Tokens]) -> None:
-    if isinstance(hypotheses, str) or any(isinstance(tokens, str) for tokens in hypotheses):
-        raise BadInput("a hypothesis is a string where a list of tokens is expected; tokenize it")
-
-
-def _check_references(references: Sequence[Sequence[Tokens]]) -> None:
-    _check_groups(references)
-    for index, group in enumerate(references):
-        if any(isinstance(tokens, str) for tokens in group):
-            raise BadInput(
-                f"image {index}: a reference is a string where a list of tokens is expected; "
-                "tokenize it"
-            )
-
-
 def _check_sentences(hypotheses: Sequence[object], references: Sequence[Sequence[object]]) -> None:
     if isinstance(hypotheses, str):
         raise BadInput("the hypotheses are one string; give a list with a sentence for each image")
-    _check_lengths(len(hypotheses), len(references))
-    _check_groups(references)
+    check_lengths(len(hypotheses), len(references))
+    check_groups(references)
     for index, (hypothesis, group) in enumerate(zip(hypotheses, references, strict=True)):
         for sentence in (hypothesis, *group):
             if not isinstance(sentence, str):
                 kind = type(sentence).__name__
                 raise BadInput(f"image {index}: a caption is of type {kind}; give strings")
-
-
-def _check_groups(references: Sequence[Sequence[object]]) -> None:
-    if not references:
-        raise BadInput("there are no captions to score; give at least one image")
-    for index, group in enumerate(references):
-        if isinstance(group, str):
-            raise BadInput(f"image {index}: its references are one string; give a list of them")
-        if not group:
-            raise BadInput(f"image {index} has no reference; give at least one or leave it out")
-
-
-def _check_lengths(hypotheses: int, references: int) -> None:
-    if hypotheses != references:
-        raise BadInput(
-            f"{hypotheses} hypotheses but references of {references} images; give one hypothesis "
-            "for each image"
-        )

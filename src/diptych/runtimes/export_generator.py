@@ -31,13 +31,7 @@ from diptych.runtimes.artifact import (
     write_artifact,
     write_json,
 )
-from diptych.runtimes.generator_graphs import (
-    text_encoder_graph,
-    unet_graph,
-    unet_shallow_graph,
-    vae_decoder_graph,
-    vae_encoder_graph,
-)
+from diptych.runtimes.generator_graphs import text_encoder_graph, unet_graph, unet_shallow_graph
 from diptych.runtimes.graph import Graph, Weights
 from diptych.runtimes.network import OpenNetworks
 from diptych.runtimes.on_onnxruntime import open_generator_files
@@ -59,6 +53,7 @@ from diptych.runtimes.static_generator import (
 from diptych.runtimes.static_quantize import Ranges
 from diptych.runtimes.storage import check_precision, shrink
 from diptych.runtimes.updates import updated
+from diptych.runtimes.vae_graphs import vae_decoder_graph, vae_encoder_graph
 from diptych.weights.diffusion import GeneratorFolder, copy_tokenizer
 
 __all__ = ["add_edition", "export_generator", "write_networks"]

@@ -1,4 +1,4 @@
-"""Write the networks of a generator as ONNX graphs.
+"""Write text encoders and UNets as ONNX graphs.
 
 They follow `models` line by line, over weights that arrive as NumPy arrays under the module's own
 names; that both compute the same is measured by every export. Batch, sizes and the number of words
@@ -14,21 +14,24 @@ from typing import Any
 import numpy as np
 
 from diptych.runtimes.graph import Graph, Weights
+from diptych.runtimes.graph_blocks import (
+    Style,
+    attend,
+    repeat_pixels,
+    resnet,
+    to_map,
+    to_tokens,
+    unsqueeze,
+)
 from diptych.runtimes.graph_layers import LayerWriter
 
 __all__ = [
     "text_encoder_graph",
     "unet_graph",
     "unet_shallow_graph",
-    "vae_decoder_graph",
-    "vae_encoder_graph",
 ]
 
 Config = Mapping[str, Any]
-Style = tuple[str, str, str, str]
-"""Rows of keys, rows of queries, share of the query, temperature of one layer."""
-
-_VAE_EPS = 1e-6
 _TRANSFORMER_EPS = 1e-6
 _LAYER_NORM_EPS = 1e-5  # torch's default, which the transformer blocks keep
 _LEGACY_EOS = 2
@@ -56,7 +59,7 @@ def text_encoder_graph(config: Config, weights: Weights, name: str = "text_encod
         hidden = _text_layer(write, config, hidden, f"{path}.encoder.layers.{layer}")
         states.append(hidden)
     norm = f"{path}.final_layer_norm"
-    stacked = graph.add("Concat", *(_unsqueeze(graph, each, 0) for each in states), axis=0)
+    stacked = graph.add("Concat", *(unsqueeze(graph, each, 0) for each in states), axis=0)
     last = graph.weight("last_state", np.int64(len(states) + config["output_layer"]))
     index = graph.add("Sub", last, "clip_skip")
     output = graph.output("encoder_hidden_states", ["B", "T", config["hidden_size"]])
@@ -193,7 +196,7 @@ class _UNet:
         slope = np.float32(-np.log(10000) / (half - self.config["freq_shift"]))
         values = np.exp(slope * np.arange(half, dtype=np.float32))
         frequencies = graph.weight(f"{steps}.frequencies", values)
-        angles = graph.add("Mul", _unsqueeze(graph, steps, -1), frequencies)
+        angles = graph.add("Mul", unsqueeze(graph, steps, -1), frequencies)
         waves = [graph.add("Cos", angles), graph.add("Sin", angles)]
         if not self.config["flip_sin_to_cos"]:
             waves.reverse()
@@ -278,13 +281,13 @@ class _UNet:
             # An odd edge was rounded up on the way down: double to what the skip has, not by two.
             size = graph.add("Shape", skips[-1], start=2, end=4)
             size = graph.add("Concat", graph.add("Shape", hidden, end=2), size, axis=0)
-            hidden = _repeat_pixels(graph, hidden, "", size)
+            hidden = repeat_pixels(graph, hidden, "", size)
             hidden = self.write.conv(hidden, f"{path}.upsamplers.0.conv", pad=1)
         return hidden
 
     def resnet(self, hidden: str, time: str, path: str) -> str:
         groups, eps = self.config["norm_num_groups"], self.config["norm_eps"]
-        return _resnet(self.write, hidden, path, groups, eps, time)
+        return resnet(self.write, hidden, path, groups, eps, time)
 
     def transformer(
         self,
@@ -300,19 +303,19 @@ class _UNet:
         depth = config["transformer_layers_per_block"][level] if depth is None else depth
         groups = config["norm_num_groups"]
         normed = write.group_norm(hidden, f"{path}.norm", groups, _TRANSFORMER_EPS)
-        tokens = write.linear(_to_tokens(graph, normed), f"{path}.proj_in")
+        tokens = write.linear(to_tokens(graph, normed), f"{path}.proj_in")
         for index in range(depth):
             block = f"{path}.transformer_blocks.{index}"
             tokens = self.transformer_block(tokens, heads, block, style)
         tokens = write.linear(tokens, f"{path}.proj_out")
-        return graph.add("Add", _to_map(graph, tokens, hidden), hidden)
+        return graph.add("Add", to_map(graph, tokens, hidden), hidden)
 
     def transformer_block(self, tokens: str, heads: int, path: str, style: Style | None) -> str:
         graph, write = self.write.graph, self.write
         for number, context in ((1, None), (2, "encoder_hidden_states")):
             normed = write.norm(tokens, f"{path}.norm{number}", _LAYER_NORM_EPS)
             place, taken = f"{path}.attn{number}", None if context else style
-            mixed = _attend(write, normed, context or normed, place, heads, taken)
+            mixed = attend(write, normed, context or normed, place, heads, taken)
             tokens = graph.add("Add", tokens, mixed)
         normed = write.norm(tokens, f"{path}.norm3", _LAYER_NORM_EPS)
         # Two products: cutting what one gives would copy it.
@@ -321,175 +324,3 @@ class _UNet:
         gate = write.linear(normed, gated, slice(half, 2 * half))
         wide = graph.add("Mul", value, graph.add(".Gelu", gate))
         return graph.add("Add", tokens, write.linear(wide, f"{path}.ff.net.2"))
-
-
-# --- the autoencoder ------------------------------------------------------------------------------
-
-
-def vae_encoder_graph(config: Config, weights: Weights) -> Graph:
-    """Write `pixel_values` [B, 3, H, W] to `mean` and `log_variance` [B, c, h, w]."""
-    graph = Graph("vae_encoder")
-    patch, levels = config["patch_size"], len(config["block_out_channels"])
-    write = LayerWriter(graph, _folded(weights, patch))
-    hidden = graph.input("pixel_values", "FLOAT", ["B", config["in_channels"], "H", "W"])
-    if patch > 1:
-        hidden = graph.add("SpaceToDepth", hidden, blocksize=patch)
-    hidden = write.conv(hidden, "encoder.conv_in", pad=1)
-    for level in range(levels):
-        path = f"encoder.down_blocks.{level}"
-        for index in range(config["layers_per_block"]):
-            hidden = _vae_resnet(write, config, hidden, f"{path}.resnets.{index}")
-        if level < levels - 1:
-            # The VAE was trained with padding on the right and bottom only.
-            pad = (0, 0, 1, 1)
-            hidden = write.conv(hidden, f"{path}.downsamplers.0.conv", stride=2, pad=pad)
-    hidden = _vae_middle(write, config, hidden, "encoder")
-    hidden = write.conv(hidden, "encoder.conv_out", pad=1)
-    if config["use_quant_conv"]:
-        hidden = write.conv(hidden, "quant_conv")
-    shape = ["B", config["latent_channels"], "h", "w"]
-    mean, log_variance = graph.output("mean", shape), graph.output("log_variance", shape)
-    graph.add("Split", hidden, to=[mean, "spread"], axis=1, num_outputs=2)
-    low, high = (graph.weight(f"edge.{edge}", np.float32(edge)) for edge in (-30, 20))
-    graph.add("Clip", "spread", low, high, to=log_variance)
-    return graph
-
-
-def vae_decoder_graph(config: Config, weights: Weights) -> Graph:
-    """Write `latents` [B, c, h, w] to `pixel_values` [B, 3, H, W]."""
-    graph = Graph("vae_decoder")
-    write, levels = LayerWriter(graph, weights), len(config["block_out_channels"])
-    hidden = graph.input("latents", "FLOAT", ["B", config["latent_channels"], "h", "w"])
-    if config["use_post_quant_conv"]:
-        hidden = write.conv(hidden, "post_quant_conv")
-    hidden = write.conv(hidden, "decoder.conv_in", pad=1)
-    hidden = _vae_mid_block(write, config, hidden, "decoder.mid_block")
-    twice = graph.weight("twice", np.array([1, 1, 2, 2], np.float32))
-    for level in range(levels):
-        path = f"decoder.up_blocks.{level}"
-        for index in range(config["layers_per_block"] + 1):
-            hidden = _vae_resnet(write, config, hidden, f"{path}.resnets.{index}")
-        if level < levels - 1:
-            hidden = _repeat_pixels(graph, hidden, twice)
-            hidden = write.conv(hidden, f"{path}.upsamplers.0.conv", pad=1)
-    hidden = _vae_end(write, config, hidden, "decoder")
-    output = graph.output("pixel_values", ["B", config["out_channels"], "H", "W"])
-    if (patch := config["patch_size"]) == 1:
-        write.conv(hidden, "decoder.conv_out", pad=1, to=output)
-    else:
-        hidden = write.conv(hidden, "decoder.conv_out", pad=1)
-        graph.add("DepthToSpace", hidden, to=output, blocksize=patch, mode="CRD")
-    return graph
-
-
-def _folded(weights: Weights, patch: int) -> Weights:
-    """Order the first convolution's inputs as SpaceToDepth gives them: the place, then the colour.
-
-    torch's `pixel_unshuffle` gives the colour first.
-    """
-    if patch == 1:
-        return weights
-    name = "encoder.conv_in.weight"
-    kernel = weights[name]
-    split = kernel.reshape(len(kernel), -1, patch**2, *kernel.shape[2:])
-    return {**weights, name: np.ascontiguousarray(split.swapaxes(1, 2)).reshape(kernel.shape)}
-
-
-def _vae_middle(write: LayerWriter, config: Config, hidden: str, path: str) -> str:
-    return _vae_end(write, config, _vae_mid_block(write, config, hidden, f"{path}.mid_block"), path)
-
-
-def _vae_end(write: LayerWriter, config: Config, hidden: str, path: str) -> str:
-    groups = config["norm_num_groups"]
-    return write.silu(write.group_norm(hidden, f"{path}.conv_norm_out", groups, _VAE_EPS))
-
-
-def _vae_resnet(write: LayerWriter, config: Config, hidden: str, path: str) -> str:
-    return _resnet(write, hidden, path, config["norm_num_groups"], _VAE_EPS)
-
-
-def _vae_mid_block(write: LayerWriter, config: Config, hidden: str, path: str) -> str:
-    graph = write.graph
-    hidden = _vae_resnet(write, config, hidden, f"{path}.resnets.0")
-    if config["mid_attention"]:
-        attention, groups = f"{path}.attentions.0", config["norm_num_groups"]
-        normed = write.group_norm(hidden, f"{attention}.group_norm", groups, _VAE_EPS)
-        tokens = _to_tokens(graph, normed)
-        mixed = _attend(write, tokens, tokens, attention, 1)
-        hidden = graph.add("Add", _to_map(graph, mixed, hidden), hidden)
-    return _vae_resnet(write, config, hidden, f"{path}.resnets.1")
-
-
-# --- what both are made of ------------------------------------------------------------------------
-
-
-def _resnet(
-    write: LayerWriter, hidden: str, path: str, groups: int, eps: float, time: str = ""
-) -> str:
-    """Write two normed convolutions beside the input; `time` [B, width] joins between them."""
-    graph, residual = write.graph, hidden
-    hidden = write.silu(write.group_norm(hidden, f"{path}.norm1", groups, eps))
-    hidden = write.conv(hidden, f"{path}.conv1", pad=1)
-    if time:
-        added = write.linear(time, f"{path}.time_emb_proj")
-        added = graph.add("Unsqueeze", added, graph.ints(2, 3))
-        hidden = graph.add("Add", hidden, added)
-    hidden = write.silu(write.group_norm(hidden, f"{path}.norm2", groups, eps))
-    hidden = write.conv(hidden, f"{path}.conv2", pad=1)
-    if f"{path}.conv_shortcut.weight" in write.source:
-        residual = write.conv(residual, f"{path}.conv_shortcut")
-    return graph.add("Add", hidden, residual)
-
-
-def _attend(
-    write: LayerWriter,
-    hidden: str,
-    context: str,
-    path: str,
-    heads: int,
-    style: Style | None = None,
-) -> str:
-    """Write attention of `hidden` [B, T, D] to `context` [B, S, E]; `style` as in the module."""
-    parts = []
-    for name, seen in (("to_q", hidden), ("to_k", context), ("to_v", context)):
-        has_bias = f"{path}.{name}.bias" in write.source
-        parts.append((write.linear if has_bias else write.matmul)(seen, f"{path}.{name}"))
-    if style is not None:
-        graph, (key_rows, query_rows, share, temperature) = write.graph, style
-        query = parts[0]
-        difference = graph.add("Sub", graph.add("Gather", query, query_rows), query)
-        query = graph.add("Add", query, graph.add("Mul", difference, share))
-        parts = [
-            graph.add("Mul", query, temperature),
-            *(graph.add("Gather", each, key_rows) for each in parts[1:]),
-        ]
-    size = len(write.source[f"{path}.to_q.weight"]) // heads
-    mixed = write.graph.add(".MultiHeadAttention", *parts, num_heads=heads, scale=size**-0.5)
-    return write.linear(mixed, f"{path}.to_out.0")
-
-
-def _to_tokens(graph: Graph, pixels: str) -> str:
-    """Turn [B, C, h, w] into [B, h*w, C]."""
-    return graph.add(
-        "Transpose", graph.add("Reshape", pixels, graph.ints(0, 0, -1)), perm=[0, 2, 1]
-    )
-
-
-def _to_map(graph: Graph, tokens: str, like: str) -> str:
-    """Turn [B, h*w, C] into the shape of `like`, [B, C, h, w]."""
-    channels_first = graph.add("Transpose", tokens, perm=[0, 2, 1])
-    return graph.add("Reshape", channels_first, graph.add("Shape", like))
-
-
-def _repeat_pixels(graph: Graph, pixels: str, *scales_or_sizes: str) -> str:
-    return graph.add(
-        "Resize",
-        *(pixels, "", *scales_or_sizes),
-        mode="nearest",
-        coordinate_transformation_mode="asymmetric",
-        nearest_mode="floor",
-    )
-
-
-def _unsqueeze(graph: Graph, value: str, axis: int) -> str:
-    return graph.add("Unsqueeze", value, graph.ints(axis))

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from diptych.errors import BadInput
-from diptych.models import gpt2, unet, vit
+from diptych.models import gpt2, vit
 from diptych.models.layers import ResnetBlock
+from diptych.models.unet_blocks import TransformerBlock
 
 __all__ = ["check_mode", "compile_captioner", "compile_generator"]
 
@@ -37,9 +38,7 @@ def compile_generator(modules: Mapping[str, nn.Module], **words: Any) -> int:
     `torch.compile`. What is compiled is compiled at the first call; where the compiler fails, all
     blocks run as they were, and a warning says so once.
     """
-    blocks = _compile(
-        [modules["unet"], modules["vae"]], (unet.TransformerBlock, ResnetBlock), words
-    )
+    blocks = _compile([modules["unet"], modules["vae"]], (TransformerBlock, ResnetBlock), words)
     if words.get("mode") in _MODES_WITH_GRAPHS:
         for name, call in (("unet", "predict"), ("vae", "encode"), ("vae", "decode")):
             # In the instance, so that the network's own file stays free of it.

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from diptych.errors import BadInput, UnsupportedModel
 from diptych.models.clip_text import Layer as TextLayer
 from diptych.models.layers import ResnetBlock
-from diptych.models.unet import SpatialTransformer, UNet
+from diptych.models.unet import UNet
+from diptych.models.unet_blocks import SpatialTransformer
 from diptych.models.vae import Vae
 from diptych.runtimes.on_torch_generator import generator_networks
 from diptych.text import ClipTokenizer
