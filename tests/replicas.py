@@ -10,7 +10,7 @@ class Replica:
 
     made = 0
 
-    def __init__(self, call: Any, inputs: Any, pool: Any = None) -> None:
+    def __init__(self, call: Any, inputs: Any) -> None:
         type(self).made += 1
         self.call = call
         self.inputs = tuple(each.clone() for each in inputs)

@@ -155,7 +155,7 @@ def test_few_shapes_are_kept(unet):
 
 
 def test_where_recording_fails_all_runs_as_it_is(unet, caplog):
-    def fail(call, inputs, pool):
+    def fail(call, inputs):
         nonlocal tried
         tried += 1
         raise RuntimeError("CUDA error: operation not permitted\nmore of it")

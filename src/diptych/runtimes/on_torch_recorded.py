@@ -7,6 +7,7 @@ an NVIDIA H100 to run them. Once recorded they are launched together, and the nu
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,6 +24,7 @@ logger = logging.getLogger("diptych")
 Call = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, ...]]
 _EAGER = 2  # calls of a shape as they are: they choose kernels, and some pictures are one of a kind
 _MOST = 4  # shapes that are kept
+_recording = threading.Lock()
 _ROOM = 4 << 30  # free bytes of a card below which nothing is recorded: a graph keeps its room
 
 
@@ -42,11 +44,20 @@ class Recording:
     ) -> None:
         self._inputs = tuple(each.clone() for each in inputs)
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads may go on with their own work on the card.
-        with torch.cuda.graph(
+        device = self._inputs[0].device
+        # On a stream of this card: what ran on another would not be recorded, and never run again.
+        stream = stream or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # Other threads may go on with their own work, but for recording.
+        recording = torch.cuda.graph(
             self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
-        ):
-            self._outputs = call(*self._inputs)
+        )
+        current = torch.cuda.current_stream(device)
+        try:
+            with _recording, torch.cuda.device(device), recording:
+                self._outputs = call(*self._inputs)
+        except BaseException:
+            torch.cuda.set_stream(current)  # which a recording that fails leaves to its own
+            raise
 
     def first(self) -> tuple[Tensor, ...]:
         """Run it with the inputs it was recorded from, which are in place already."""
@@ -74,7 +85,7 @@ class RecordedNetwork:
         self._recorded: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._calls: Counter[tuple[Any, ...]] = Counter()
         self._state: list[Any] = []
-        self._pool: Any = None
+        self._place: tuple[Any, ...] = ()  # pool and stream of all recordings, which share them
         self._fails = False
 
     def __call__(self, module: nn.Module, arrays: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -98,7 +109,7 @@ class RecordedNetwork:
         """Give back all that is recorded."""
         self._recorded.clear()
         self._calls.clear()
-        self._pool = None
+        self._place = ()
 
     def _first(
         self,
@@ -112,10 +123,11 @@ class RecordedNetwork:
 
         while len(self._recorded) >= _MOST:
             self._recorded.popitem(last=False)
-        if self._pool is None and tensors[0].is_cuda:
-            self._pool = torch.cuda.graph_pool_handle()
+        if not self._place and tensors[0].is_cuda:
+            stream = torch.cuda.Stream(tensors[0].device)  # type: ignore[no-untyped-call]
+            self._place = (torch.cuda.graph_pool_handle(), stream)
         try:
-            recording = self._record(call, tensors, self._pool)
+            recording = self._record(call, tensors, *self._place)
         except RuntimeError as error:
             warn(error)
             self._fails = True
