@@ -5,6 +5,9 @@
 ViT-B/16 + GPT-2 with cross-attention, 239 M parameters, 224 pixels, 16 new tokens. Every figure
 goes from a decoded photo to text, processor and tokenizer included. All sides take turns in one
 process; peak memory and cold start are those of fresh processes.
+
+optimum takes its turns where it is installed, which asks for transformers 4: give it an environment
+of its own, with `pip install 'transformers<4.58' optimum-onnx openvino` and this package.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +102,9 @@ def speed(folder: Path, repeats: int) -> list[dict[str, Any]]:
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     checkpoint = folder / "checkpoint"
-    reference = transformers_captioner(checkpoint)
+    peers = {"transformers": transformers_captioner(checkpoint)}
+    if find_spec("optimum"):
+        peers |= optimum_captioners(folder)
     ours = {
         "torch-fp32": Captioner.load(checkpoint, runtime="torch"),
         "onnx-fp32": Captioner.load(folder / "fp32"),
@@ -127,7 +133,10 @@ def speed(folder: Path, repeats: int) -> list[dict[str, Any]]:
 
             return run
 
-        cases = {"transformers": case("transformers", lambda p=photos, b=beams: reference(p, **b))}
+        cases = {
+            name: case(name, lambda c=caption, p=photos, b=beams: c(p, **b))
+            for name, caption in peers.items()
+        }
         for name, captioner in ours.items():
             cases[name] = case(
                 name,
@@ -137,20 +146,54 @@ def speed(folder: Path, repeats: int) -> list[dict[str, Any]]:
             )
         times = take_turns(cases, repeats)
         for name, figures in times.items():
-            ratio = times["transformers"]["median_s"] / figures["median_s"]
+            ratios = {
+                "speed_ratio" if peer == "transformers" else f"speed_ratio_to_{peer}": (
+                    times[peer]["median_s"] / figures["median_s"]
+                )
+                for peer in peers
+            }
             same = said[name] == said["transformers"]
-            results.append(
-                {"task": task, "side": name, **figures, "speed_ratio": ratio, "same_tokens": same}
-            )
+            results.append({"task": task, "side": name, **figures, **ratios, "same_tokens": same})
     return results
 
 
 def transformers_captioner(checkpoint: Path) -> Callable[..., Any]:
-    import torch
-    from transformers import VisionEncoderDecoderModel, ViTImageProcessorPil
+    from transformers import VisionEncoderDecoderModel
 
     model = VisionEncoderDecoderModel.from_pretrained(checkpoint).eval()
-    processor = ViTImageProcessorPil.from_pretrained(checkpoint)
+    return _generating(model, checkpoint)
+
+
+def optimum_captioners(folder: Path) -> dict[str, Callable[..., Any]]:
+    """Return optimum's captioners over ONNX Runtime: float32, and int8 as its guide makes it."""
+    from optimum.onnxruntime import ORTModelForVision2Seq, ORTQuantizer
+    from optimum.onnxruntime.configuration import AutoQuantizationConfig
+
+    checkpoint, whole, small = (folder / n for n in ("checkpoint", "optimum", "optimum-int8"))
+    if not whole.exists():
+        ORTModelForVision2Seq.from_pretrained(checkpoint, export=True).save_pretrained(whole)
+    if not small.exists():
+        chosen = AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=True)
+        for file in sorted(whole.glob("*.onnx")):
+            quantizer = ORTQuantizer.from_pretrained(whole, file_name=file.name)
+            quantizer.quantize(save_dir=small, quantization_config=chosen)
+    names = {f"{part}_file_name": f"{part}_model_quantized.onnx" for part in ("encoder", "decoder")}
+    names["decoder_with_past_file_name"] = "decoder_with_past_model_quantized.onnx"
+    return {
+        "optimum-fp32": _generating(ORTModelForVision2Seq.from_pretrained(whole), checkpoint),
+        "optimum-int8": _generating(
+            ORTModelForVision2Seq.from_pretrained(small, **names), checkpoint
+        ),
+    }
+
+
+def _generating(model: Any, checkpoint: Path) -> Callable[..., Any]:
+    import torch
+    import transformers
+
+    # Version 5 has one of torch by the old name, which needs torchvision.
+    kind = getattr(transformers, "ViTImageProcessorPil", None) or transformers.ViTImageProcessor
+    processor = kind.from_pretrained(checkpoint)
 
     def caption(photos: list[Image.Image], **options: Any) -> list[tuple[int, ...]]:
         pixels = processor(photos, return_tensors="pt").pixel_values
