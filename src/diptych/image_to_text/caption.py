@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from diptych.errors import BadImage, BadInput
 from diptych.image_to_text.options import CaptionOptions
 from diptych.images import Alpha, ImageInput, ImageLimits
 
-__all__ = ["WORD", "Caption", "Reading", "View"]
+__all__ = ["WORD", "Caption", "Reading", "View", "stripped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,3 +111,17 @@ class View:
     captioner: Looker
     image: ImageInput
     reading: Reading
+
+
+def stripped(pieces: Iterable[str]) -> Iterator[str]:
+    """Strip a text that arrives in pieces: white space waits until something follows it."""
+    waiting, begun = "", False
+    for piece in pieces:
+        text = waiting + piece
+        if not begun:
+            text = text.lstrip()
+        kept = text.rstrip()
+        waiting = text[len(kept) :]
+        if kept:
+            begun = True
+            yield kept

@@ -9,12 +9,13 @@ from typing import Any, Literal, Self, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from diptych.errors import BadImage, BadInput
 from diptych.image_to_text import decoding
-from diptych.image_to_text.caption import WORD, Caption, Reading, View
+from diptych.image_to_text.batches import is_single, same_size, take
+from diptych.image_to_text.caption import Caption, Reading, View, stripped
 from diptych.image_to_text.decoder_steps import decoder_step
+from diptych.image_to_text.heatmaps import num_image_tokens, patch_grid, tokens_of
 from diptych.image_to_text.options import CaptionOptions, SearchOptions
 from diptych.images import Alpha, ImageInput, ImageLimits, Preprocessing, preprocess
 from diptych.runtimes.conversion import ExportRequest, export_model
@@ -47,7 +48,7 @@ class Captioner:
         self._eos = _ids(generation.get("eos_token_id"))
         self._positions = int(model.config["decoder"]["max_position_embeddings"])
         if model.config["bridge"] == "prefix":
-            self._positions -= _num_image_tokens(model)
+            self._positions -= num_image_tokens(model)
 
     @classmethod
     def load(
@@ -145,7 +146,7 @@ class Captioner:
         cannot be read raises `BadImage`; in a list its place holds a `Caption` with `error` set
         and the others go on, unless `on_error="raise"`.
         """
-        single = _is_single(images)
+        single = is_single(images)
         several: list[Any] = [images] if single else [*cast("Iterable[ImageInput]", images)]
         if not several:
             raise BadInput("the list of images is empty: give at least one picture")
@@ -282,7 +283,7 @@ class Captioner:
         reading: Reading,
     ) -> Iterator[Caption]:
         done = 0
-        while batch := _take(images, batch_size):
+        while batch := take(images, batch_size):
             captions: list[Caption | None] = [None] * len(batch)
             read: list[tuple[int, NDArray[np.float32]]] = []
             for place, image in enumerate(batch):
@@ -292,7 +293,7 @@ class Captioner:
                     if on_error == "raise":
                         raise
                     captions[place] = Caption("", options=options, error=error)
-            for group in _same_size(read):
+            for group in same_size(read):
                 places = [place for place, _ in group]
                 own = options
                 if options.seed is not None:
@@ -349,7 +350,7 @@ class Captioner:
                 yield from piece
 
         text = self.tokenizer.stream(token_ids())
-        return _stripped(text) if options.strip else text
+        return stripped(text) if options.strip else text
 
     def _caption(
         self, hypotheses: list[decoding.Hypothesis], options: CaptionOptions, view: View
@@ -385,7 +386,7 @@ class Captioner:
     def look(self, caption: Caption, view: View, word: str | int | None) -> NDArray[np.float32]:
         prompt = self.tokenizer.encode(caption.options.prompt.rstrip()) if caption.options else []
         written = [*prompt, *caption.token_ids]
-        chosen = self._tokens_of(caption, written, word)
+        chosen = tokens_of(self.tokenizer, caption, written, word)
         bridge = self.model.config["bridge"]
         (bridged,) = self.networks["encoder"](
             pixel_values=self._pixels(view.image, view.reading)[None]
@@ -397,28 +398,10 @@ class Captioner:
             past_key_values=None,
             **{BRIDGED[bridge]: bridged},
         )
-        patches = _patch_grid(self.model)
+        patches = patch_grid(self.model)
         weights = np.asarray(seen, np.float32)[0, chosen].mean(0)
         grid: NDArray[np.float32] = weights[-patches[0] * patches[1] :].reshape(patches)
         return grid
-
-    def _tokens_of(self, caption: Caption, written: list[int], word: str | int | None) -> list[int]:
-        text = self.tokenizer.decode(written)
-        matches = list(WORD.finditer(text))
-        if isinstance(word, int | np.integer) and not isinstance(word, bool):
-            matches = matches[word : word + 1] if 0 <= word < len(matches) else []
-        elif word is not None:
-            if not isinstance(word, str):
-                raise BadInput(f"a word is given as a text or its number, not as {word!r}")
-            matches = [m for m in matches if m.group().casefold() == word.casefold()][:1]
-        tokens = [
-            index
-            for index, (start, end) in enumerate(self.tokenizer.spans(written))
-            if any(start < match.end() and match.start() < end for match in matches)
-        ]
-        if not tokens:
-            raise BadInput(f"{word!r} is not a word of the caption {caption.text!r}")
-        return tokens
 
 
 def caption(
@@ -431,54 +414,14 @@ def caption(
     return Captioner.load(model).caption(images, **options)
 
 
-def _is_single(images: object) -> bool:
-    if isinstance(images, np.ndarray):
-        return images.ndim < 4  # a fourth axis is a batch
-    if isinstance(images, Mapping):
-        raise BadInput("a dictionary is no list of pictures: give its values")
-    if isinstance(images, str | bytes | bytearray | memoryview | Path | Image.Image):
-        return True
-    if hasattr(images, "read"):
-        return True
-    return hasattr(images, "__fspath__") or not isinstance(images, Iterable)
-
-
 def _reading(alpha: Alpha, limits: ImageLimits | None, allow_urls: bool) -> Reading:
     if not isinstance(limits, ImageLimits | None):
         raise BadInput(f"limits is {limits!r}: give ImageLimits(…)")
     return Reading(alpha, limits or ImageLimits(), bool(allow_urls))
 
 
-def _take(images: Iterator[ImageInput], count: int) -> list[ImageInput]:
-    return [image for _, image in zip(range(count), images, strict=False)]
-
-
-def _same_size(
-    read: list[tuple[int, NDArray[np.float32]]],
-) -> list[list[tuple[int, NDArray[np.float32]]]]:
-    """Group pictures that can be stacked: all of them, but for processors that keep the shape."""
-    groups: dict[tuple[int, ...], list[tuple[int, NDArray[np.float32]]]] = {}
-    for place, pixels in read:
-        groups.setdefault(pixels.shape, []).append((place, pixels))
-    return list(groups.values())
-
-
 def _returned(options: CaptionOptions) -> int:
     return options.num_return_sequences or 1
-
-
-def _stripped(pieces: Iterable[str]) -> Iterator[str]:
-    """Strip a text that arrives in pieces: white space waits until something follows it."""
-    waiting, begun = "", False
-    for piece in pieces:
-        text = waiting + piece
-        if not begun:
-            text = text.lstrip()
-        kept = text.rstrip()
-        waiting = text[len(kept) :]
-        if kept:
-            begun = True
-            yield kept
 
 
 def _ids(value: Any) -> tuple[int, ...]:
@@ -492,15 +435,3 @@ def _one_id(generation: Mapping[str, Any], *names: str) -> int:
         if ids := _ids(generation.get(name)):
             return ids[0]
     raise BadInput(f"the model's generation config names no start token: set {names[0]} in it")
-
-
-def _num_image_tokens(model: ModelFolder) -> int:
-    encoder = model.config["encoder"]
-    height, width = _patch_grid(model)
-    return height * width + 1 + bool(encoder.get("distillation_token", False))
-
-
-def _patch_grid(model: ModelFolder) -> tuple[int, int]:
-    encoder = model.config["encoder"]
-    side = int(encoder["image_size"]) // int(encoder["patch_size"])
-    return side, side
