@@ -1,18 +1,17 @@
 """Stage 4: self-critical training (Rennie et al. 2017): reward captions by their CIDEr-D.
 
-    python recipes/default_captioner/refine.py [config.toml] [section]
+    python recipes/default_captioner/refine.py [config.toml]
 
 Several captions are drawn a photo; each is judged against the mean of its siblings, so that the
 better ones become likelier. The end of a sentence counts as a word, else captions that break off in
 the middle would win. Starts from the best checkpoint of stage 3, or, with `start` "train", from its
-last. A config with `refine_again` does it twice, for `ship.py` to take the mean of both.
+last.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import subprocess
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -56,7 +55,6 @@ from pretrain import adamw
 from things import coded, things, viewed
 
 END = "<end>"
-SECTIONS = ("refine", "refine_again")
 
 
 class Jury:
@@ -101,9 +99,8 @@ def advantages(reward: Tensor, each: int) -> Tensor:
     return (grouped - siblings).flatten()
 
 
-def main(config: dict[str, Any], section: str = "refine") -> None:
-    options, output = config[section], Path(config["output"])
-    best_file = output / f"{section.replace('refine', 'refined')}.safetensors"
+def main(config: dict[str, Any]) -> None:
+    options, output = config["refine"], Path(config["output"])
     tokenizer = Gpt2Tokenizer.load(output / "tokenizer.json")
     train, val = (read_split(config, tokenizer, training) for training in (True, False))
     jury = Jury(train.captions, tokenizer)
@@ -124,16 +121,16 @@ def main(config: dict[str, Any], section: str = "refine") -> None:
     model.encoder.to(memory_format=torch.channels_last)
     average = Average(model, options["ema_decay"])
     optimizer = adamw(decayed(model.named_parameters(), 0.0), device, (0.9, 0.98))
-    log, state = Log(output / f"{section}.jsonl"), output / f"{section}.safetensors"
+    log, state = Log(output / "refine.jsonl"), output / "refine.safetensors"
     scores, texts = validate(model, val, tokenizer, device)
     first, best, spent = 0, scores["val_cider"], 0.0
     if state.exists():
         progress = load_state(state, model, average, optimizer)
         first, best, spent = progress["epoch"] + 1, progress["best"], progress.get("spent", 0.0)
     else:
-        log.write(stage=section, epoch=-1, **scores, sample=texts[:3])
+        log.write(stage="refine", epoch=-1, **scores, sample=texts[:3])
         # What ships where no epoch is better.
-        save_state(best_file, model, average, optimizer, {"epoch": -1})
+        save_state(output / "refined.safetensors", model, average, optimizer, {"epoch": -1})
     per_epoch = len(train.captions) // options["batch_size"]
     size, each = config["encoder"]["image_size"], options["samples"]
     pace = Pace(options["epochs"] * per_epoch, options.get("seconds"), spent)
@@ -203,7 +200,7 @@ def main(config: dict[str, Any], section: str = "refine") -> None:
             scores, texts = validate(model, val, tokenizer, device)
         model.eval()
         log.write(
-            stage=section,
+            stage="refine",
             epoch=epoch,
             reward=round(sum(rewards) / len(rewards), 4),
             **scores,
@@ -217,16 +214,10 @@ def main(config: dict[str, Any], section: str = "refine") -> None:
         # The best goes first: killed between the two, the epoch is repeated, and no best is lost.
         if scores["val_cider"] > best:
             best = scores["val_cider"]
-            save_state(best_file, model, average, optimizer, progress)
+            save_state(output / "refined.safetensors", model, average, optimizer, progress)
         save_state(state, model, average, optimizer, progress)
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "config.toml")
-    whole = tomllib.loads(path.read_text())
-    sections = sys.argv[2:] or [name for name in SECTIONS if name in whole]
-    if len(sections) == 1:
-        main(whole, sections[0])
-    else:  # in a process each: a jury is forked before anything touches a GPU
-        for each in sections:
-            subprocess.run([sys.executable, __file__, str(path), each], check=True)
+    path = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "config.toml"
+    main(tomllib.loads(Path(path).read_text()))

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from captioning import START, new_model, read_split
 from diptych.models.vision_encoder_decoder import VisionEncoderDecoder
@@ -34,7 +33,9 @@ NAME = "diptych/default-captioner"
 def main(config: dict[str, Any], folder: Path) -> None:
     output = Path(config["output"])
     model = new_model(config).eval()
-    weights = chosen(output, config["ship"]["weights"])
+    state = output / f"{config['ship']['weights']}.safetensors"
+    weights = {k.removeprefix("model."): v for k, v in read_average(state).items()}
+    weights = {k: v for k, v in weights.items() if not k.startswith("words.")}
     # What is shipped in fp16 is what is exported: both runtimes then start from equal numbers.
     model.load_state_dict(
         {k: v.half().float() if v.is_floating_point() else v for k, v in weights.items()}
@@ -89,21 +90,6 @@ def main(config: dict[str, Any], folder: Path) -> None:
         total += file.stat().st_size
         print(f"{file.name:32}{file.stat().st_size / 1e6:8.2f} MB")
     print(f"{'together':32}{total / 1e6:8.2f} MB")
-
-
-def chosen(output: Path, names: str | list[str]) -> dict[str, Tensor]:
-    """Read the captioner's weights; of several files their mean (Wortsman et al. 2022)."""
-    names = [names] if isinstance(names, str) else names
-    read = [read_average(output / f"{name}.safetensors") for name in names]
-    several = [{k.removeprefix("model."): v for k, v in each.items()} for each in read]
-    first, *_ = several
-    return {
-        name: sum(each[name].float() for each in several) / len(several)  # type: ignore[misc]
-        if value.is_floating_point()
-        else value
-        for name, value in first.items()
-        if not name.startswith("words.")
-    }
 
 
 @torch.no_grad()

@@ -99,21 +99,3 @@ def test_drawn_words_are_as_frequent_as_they_are_likely(captioning, model):
     found = torch.bincount(first, minlength=len(likely)) / len(first)
     # Four deviations of a share of 4,000 draws.
     assert ((found - likely).abs() <= 4 * (likely * (1 - likely) / 4000).sqrt() + 1e-3).all()
-
-
-def test_of_several_files_the_mean_is_shipped(captioning, model, tmp_path):
-    from safetensors.torch import save_file
-
-    ship = importlib.import_module("ship")
-    state = model.state_dict()
-    for name, by in (("one", 1.0), ("other", 3.0)):
-        made = {
-            f"average.model.{k}": v * by if v.is_floating_point() else v for k, v in state.items()
-        }
-        save_file({**made, "average.words.weight": torch.ones(2)}, tmp_path / f"{name}.safetensors")
-    for names, by in (("other", 3.0), (["one", "other"], 2.0)):
-        found = ship.chosen(tmp_path, names)
-        assert found.keys() == state.keys()
-        for name, value in state.items():
-            wanted = value * by if value.is_floating_point() else value
-            torch.testing.assert_close(found[name], wanted)

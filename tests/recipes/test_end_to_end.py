@@ -202,18 +202,15 @@ def equal(first: Path, second: Path) -> None:
 def test_captioner_from_pictures_to_shipped_files_with_kills(data, tmp_path):
     recipe, runs = "default_captioner", Runs(tmp_path / "log.txt")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    shipped = tomllib.loads((RECIPES / recipe / "config.toml").read_text())
-    again = {**shipped["refine"], **CAPTIONER["refine"], "start": "train"}
-    both = {"refine_again": again, "ship": {"weights": ["refined", "refined_again"]}}
-    once = config(recipe, {**CAPTIONER, **both}, data, whole)
+    once = config(recipe, CAPTIONER, data, whole)
     for stage in ("pretrain", "tokenizer", "train", "refine"):
         runs.finish([sys.executable, f"recipes/{recipe}/{stage}.py", str(once)])
 
-    command = runs.make("default-captioner", config(recipe, {**CAPTIONER, **both}, data, killed))
-    for log, rows in (("pretrain", 2), ("train", 1), ("refine", 2), ("refine_again", 2)):
+    command = runs.make("default-captioner", config(recipe, CAPTIONER, data, killed))
+    for log, rows in (("pretrain", 2), ("train", 1), ("refine", 2)):
         runs.kill(command, killed / f"{log}.jsonl", rows)
     runs.finish(command)
-    for name in ("pretrain", "train", "best", "refine", "refine_again"):
+    for name in ("pretrain", "train", "best", "refine"):
         equal(whole / f"{name}.safetensors", killed / f"{name}.safetensors")
 
     from diptych import Captioner
