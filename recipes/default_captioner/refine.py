@@ -114,7 +114,7 @@ def main(config: dict[str, Any]) -> None:
 
     # Without dropout: what is drawn and what is learnt from must be the same distribution.
     model = new_model(config).to(device)
-    start = read_average(output / f"{options.get('start', 'best')}.safetensors")
+    start = read_average(output / f"{options['start']}.safetensors")
     model.load_state_dict(
         {k.removeprefix("model."): v for k, v in start.items() if k.startswith("model.")}
     )
