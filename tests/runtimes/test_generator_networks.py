@@ -232,8 +232,8 @@ def test_offload_where_the_gpu_is_too_small(
         opened.update(loaded_on=device, dtype=dtype)
         return {name: copy.deepcopy(module) for name, module in modules.items()}
 
-    def networks(modules: Any, device: str, *, offload: bool, reason: str) -> None:
-        opened.update(device=device, offload=offload)
+    def networks(modules: Any, device: str, *, offload: bool, record: bool, reason: str) -> None:
+        opened.update(device=device, offload=offload, record=record)
 
     monkeypatch.setattr("diptych.weights.load_generator.load_generator", load_generator)
     monkeypatch.setattr(on_torch_generator, "generator_networks", networks)
@@ -243,6 +243,7 @@ def test_offload_where_the_gpu_is_too_small(
         "dtype": "float16",
         "device": "cuda",
         "offload": offloaded,
+        "record": not offloaded,  # a graph keeps weights where they are
     }
 
 
