@@ -37,9 +37,9 @@ Xeon, `openvino-int8` and `openvino-int8-fixed` computed the rest in bfloat16, a
 OpenVINO when they were measured; now it computes in float32 there, unless bfloat16 is asked for.
 
 Tasks that name transformers 4 ran in an environment of its own, for optimum asks for that version.
-There `onnx-int8-fixed` is 2.0, 2.5 and 1.7 times as fast as optimum's int8 (greedy, 4 beams, a batch
-of 8); `onnx-int8` 1.4, 1.9 and 0.8 times: it rounds each row by itself, so that pictures of a batch do
-not change each other's captions, which this processor's 8-bit tiles cannot do.
+There `onnx-int8-fixed` is 2.0, 2.5 and 1.7 times as fast as optimum's int8 (greedy, 4 beams, a
+batch of 8); `onnx-int8` 1.4, 1.9 and 0.8 times: it rounds each row by itself, so that pictures of
+a batch do not change each other's captions, which this processor's 8-bit tiles cannot do.
 """,
     "generate_speed": """Across the types, on the Intel Xeon: a step of ours in bfloat16 takes
 0.24 of diffusers' in float32 (4.2 times as fast), decoding 0.19 (5.1 times); pictures are at 42 dB.
