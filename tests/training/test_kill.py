@@ -82,6 +82,22 @@ def test_many_kills(
     compare(Runs(kind, pictures, model, words), tmp_path, kills=60, seed=seed)
 
 
+def test_what_a_kill_left_is_removed_wherever_it_lies(tmp_path: Path) -> None:
+    from diptych.training.finetune import _tidy
+
+    kept = [tmp_path / "model" / "config.json", tmp_path / "notes.partial"]
+    left = [
+        tmp_path / ".model.0a1b2c3d.partial" / "config.json",
+        tmp_path / "model" / ".model.0a1b2c3d.partial" / "unet" / "config.json",
+        tmp_path / "checkpoints" / ".step-2" / "state",
+    ]
+    for path in (*kept, *left):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    _tidy(tmp_path)
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
+
+
 def command(sd1: Path, pictures: Path, folder: Path) -> list[str]:
     return [
         *("finetune", "generator", str(pictures)),

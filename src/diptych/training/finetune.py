@@ -277,7 +277,8 @@ def _run(
 
 def _tidy(folder: Path) -> None:
     """Remove what a kill left half-written; nobody else is at work here."""
-    for path in (*folder.glob(".*.partial"), *(folder / "checkpoints").glob(".*")):
+    # Also within `model`, which is written beside its own older files.
+    for path in [*folder.rglob(".*.partial"), *(folder / "checkpoints").glob(".*")]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
