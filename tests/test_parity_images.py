@@ -225,7 +225,10 @@ def test_all_pictures(
     guidance_scale: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    compare(folder(family), sampler, guidance_scale, monkeypatch, steps=20)
+    # Over twenty guided steps of LCM these weights make differences large: noise times 1.000001
+    # leaves 28 dB of ours itself (sd2). Eight are as many as LCM is used with.
+    steps = 8 if sampler == "lcm" else 20
+    compare(folder(family), sampler, guidance_scale, monkeypatch, steps=steps)
 
 
 @pytest.mark.parametrize("family", traced_once(FAMILIES))
