@@ -165,11 +165,8 @@ def step(setting: Setting) -> Iterator[Row]:
 
 def _step_in(setting: Setting, dtype: torch.dtype) -> Iterator[Row]:
     """Measure it beside diffusers as it is, then with its kernels laid out as ours are."""
-    networks, given, task = (
-        _ours(setting, dtype),
-        _inputs(setting, 2),
-        "step of 2 rows, as one CUDA graph",
-    )
+    networks, given = _ours(setting, dtype), _inputs(setting, 2)
+    task = "step of 2 rows, as one CUDA graph"
     module, theirs = networks.modules["unet"], _their_unet(setting, dtype)
     recorded = generator_networks(networks.modules, setting.device, record=setting.is_gpu)
     sides: Sides = {

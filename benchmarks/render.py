@@ -39,7 +39,7 @@ OpenVINO when they were measured; now it computes in float32 there, unless bfloa
 Tasks that name transformers 4 ran in an environment of its own, for optimum asks for that version.
 There `onnx-int8-fixed` is 2.0, 2.5 and 1.7 times as fast as optimum's int8 (greedy, 4 beams, a
 batch of 8); `onnx-int8` 1.4, 1.9 and 0.8 times: it rounds each row by itself, so that pictures of
-a batch do not change each other's captions, which this processor's 8-bit tiles cannot do.
+a batch do not change each other's captions. optimum rounds a batch by one scale.
 """,
     "generate_speed": """Across the types, on the Intel Xeon: a step of ours in bfloat16 takes
 0.24 of diffusers' in float32 (4.2 times as fast), decoding 0.19 (5.1 times); pictures are at 42 dB.

@@ -6,11 +6,12 @@ import gc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 from diptych import Captioner  # noqa: E402
-from diptych.runtimes.on_torch_held import HoldingDecoder  # noqa: E402
+from diptych.runtimes.on_torch_held import HoldingDecoder, RecordedEncoder  # noqa: E402
 from replicas import Replica  # noqa: E402
 from tiny_models import make_captioner, make_photo  # noqa: E402
 
@@ -66,6 +67,18 @@ def test_captions_stay_the_same_also_where_pictures_are_done_early(
     made = Replica.made
     held.caption(PHOTOS[::-1], batch_size=6, **options)
     assert Replica.made == made, "what was recorded serves other pictures"
+
+
+def test_a_recorded_encoder_says_the_same(plain: Captioner) -> None:
+    encoder: Any = plain.networks["encoder"]
+    recorded = RecordedEncoder(encoder._module, Replica)
+    Replica.made = 0
+    side = plain.model.config["encoder"]["image_size"]
+    for seed in range(4):
+        pixels = np.random.default_rng(seed).standard_normal((2, 3, side, side), np.float32)
+        (wanted,), (found,) = encoder(pixel_values=pixels), recorded(pixel_values=pixels)
+        assert torch.equal(found, wanted)
+    assert Replica.made == 1
 
 
 def test_the_cache_grows_with_long_captions(plain: Captioner, held: Captioner) -> None:

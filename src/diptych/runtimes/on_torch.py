@@ -66,7 +66,10 @@ class TorchEncoder:
     @torch.inference_mode()
     def __call__(self, wanted: Sequence[str] | None = None, /, **arrays: Any) -> tuple[Any, ...]:
         check_wanted(wanted, self.outputs)
-        return (self._module.encode(_tensor(arrays["pixel_values"], self._module)),)
+        return self._encode(_tensor(arrays["pixel_values"], self._module))
+
+    def _encode(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        return (self._module.encode(pixel_values),)
 
 
 class TorchDecoder:

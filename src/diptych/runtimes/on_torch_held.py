@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diptych.models.vision_encoder_decoder import VisionEncoderDecoder
-from diptych.runtimes.network import check_wanted
 from diptych.runtimes.on_torch import ChoosingDecoder, TorchEncoder
 from diptych.runtimes.on_torch_recorded import RecordedNetwork, Recording, has_room, laid_out, warn
 
@@ -33,19 +32,17 @@ Key = tuple[Any, ...]
 class RecordedEncoder(TorchEncoder):
     """Run an encoder on a GPU, and what follows it, as one CUDA graph a shape."""
 
-    def __init__(self, module: VisionEncoderDecoder) -> None:
+    def __init__(
+        self, module: VisionEncoderDecoder, record: Callable[..., Any] = Recording
+    ) -> None:
         super().__init__(module)
-        self._recorded = RecordedNetwork(_encode)
+        self._recorded = RecordedNetwork(_run_encoder, record)
 
-    @torch.inference_mode()
-    def __call__(self, wanted: Any = None, /, **arrays: Any) -> tuple[Any, ...]:
-        check_wanted(wanted, self.outputs)
-        parameter = next(self._module.parameters())
-        pixels = torch.as_tensor(arrays["pixel_values"]).to(parameter.device, parameter.dtype)
-        return self._recorded(self._module, {"pixel_values": pixels})
+    def _encode(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        return self._recorded(self._module, {"pixel_values": pixel_values})
 
 
-def _encode(module: Any, arrays: Mapping[str, Any]) -> tuple[Tensor, ...]:
+def _run_encoder(module: Any, arrays: Mapping[str, Any]) -> tuple[Tensor, ...]:
     return (module.encode(arrays["pixel_values"]),)
 
 
@@ -63,7 +60,7 @@ class HoldingDecoder(ChoosingDecoder):
         self._record = record
         self._kept: dict[Key, list[_Cache]] = {}
         self._asked: set[Key] = set()
-        self._state: list[Any] = []
+        self.state: list[Any] = []  # where the weights lie
         self.fails = False
 
     @torch.inference_mode()
@@ -72,9 +69,9 @@ class HoldingDecoder(ChoosingDecoder):
         device = past_key_values.device
         if self.fails or torch.is_autocast_enabled(device.type) or not has_room(device):
             return None
-        if (state := laid_out(self._module)) != self._state:
+        if (state := laid_out(self._module)) != self.state:
             self.forget()
-            self._state = state
+            self.state = state
         cross = None if bridged is None else bridged.to(past_key_values.dtype)
         key = _key(past_key_values, cross, _rounded(past_key_values.shape[4] + 1))
         if key not in self._asked:
@@ -98,7 +95,7 @@ class HoldingDecoder(ChoosingDecoder):
 
     def give_back(self, key: Key, cache: _Cache, state: list[Any]) -> None:
         """Keep a cache for searches to come, unless the weights it was recorded with are gone."""
-        if self.fails or state is not self._state:
+        if self.fails or state is not self.state:
             return
         self._kept.setdefault(key, []).append(cache)
         while sum(map(len, self._kept.values())) > _MOST:
@@ -116,11 +113,6 @@ class HoldingDecoder(ChoosingDecoder):
                 warn(error)
             self.fails = True
             return None
-
-    @property
-    def state(self) -> list[Any]:
-        """Return what says where the weights lie now."""
-        return self._state
 
 
 class _Search:

@@ -90,7 +90,11 @@ class RecordedNetwork:
 
     def __call__(self, module: nn.Module, arrays: Mapping[str, Any]) -> tuple[Tensor, ...]:
         given = {name: each for name, each in arrays.items() if each is not None}
-        if self._fails or not all(_is_bare(each) for each in given.values()) or _is_cast(module):
+        if (
+            self._fails
+            or not all(isinstance(each, Tensor) for each in given.values())
+            or _is_cast(module)
+        ):
             return self._call(module, arrays)
         if (state := laid_out(module)) != self._state:
             self.forget()
@@ -146,10 +150,6 @@ def warn(error: RuntimeError) -> None:
     """Say that calls run as they are, and why."""
     reason = str(error).partition("\n")[0][:200]
     logger.warning("no CUDA graph could be recorded, all runs without: %s", reason)
-
-
-def _is_bare(value: Any) -> bool:
-    return isinstance(value, Tensor)
 
 
 def _is_cast(module: nn.Module) -> bool:
