@@ -96,6 +96,8 @@ def main(config: dict[str, Any], folder: Path) -> None:
     if state.exists():
         progress = load_state(state, updates, average, optimizer)
         first, spent = progress["step"], progress["spent"]
+    elif begin(updates, settings):
+        average = Average(updates, settings["ema_decay"])
     pace = Pace(settings["steps"], settings.get("seconds"), spent)
     levels = schedule.steps("ddim", settings["pieces"])
     # DDIM leaves a trace of noise in the picture; the teacher does not.
@@ -134,6 +136,17 @@ def main(config: dict[str, Any], folder: Path) -> None:
     write(updates, read_average(state), output / "turbo.safetensors")
     plain = load_generator(model, dtype="float32")["unet"]
     add_edition(plain, folder, "turbo", output / "turbo.safetensors", settings["defaults"])
+
+
+def begin(updates: Updates, settings: dict[str, Any]) -> bool:
+    """Load the LoRA file that `start` names; tell whether it names one."""
+    start = settings.get("start")
+    if start:
+        former = load_file(start)
+        for path, update in zip(updates.paths, updates.each, strict=True):
+            down, up = (former[f"unet.{path}.lora_{half}.weight"] for half in "AB")
+            update.load_state_dict({"down": down, "up": up})
+    return bool(start)
 
 
 def batch(

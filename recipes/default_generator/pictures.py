@@ -17,7 +17,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scenes"))
 
-from diptych.evaluation.scenes import paraphrase, sample_scene, sentence
+from diptych.evaluation.scenes import paraphrase, parse_sentence, sample_scene, sentence
 from duplicates import left_out
 from render import render
 
@@ -43,7 +43,8 @@ class Captioned:
 def photographs(data: Path, domain: str, split: str) -> Captioned:
     """Read the pictures of a domain, transparent ones on white.
 
-    Training pictures that show what a held-out one shows are left out.
+    Training pictures that show what a held-out one shows are left out, and so are captions that
+    are sentences of scenes, such as "a red circle".
     """
     rows = _rows(data, domain, split)
     return Captioned(
@@ -65,7 +66,7 @@ def _rows(data: Path, domain: str, split: str) -> list[tuple[Path, list[str]]]:
         with (folder / "captions.jsonl").open(encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
         found += [
-            (folder / row["file"], row["captions"])
+            (folder / row["file"], [said for said in row["captions"] if not parse_sentence(said)])
             for row in rows
             if row["split"] == split and row["file"] not in without
         ]

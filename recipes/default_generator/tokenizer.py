@@ -1,11 +1,14 @@
 """Stage 2: learn a small vocabulary of word pieces, in the files of a CLIP tokenizer.
 
 python recipes/default_generator/tokenizer.py [config.toml]
+
+`[tokenizer] start` names a generator whose vocabulary is taken instead.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tomllib
 from pathlib import Path
@@ -16,6 +19,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 
 from diptych.evaluation.scenes import paraphrase, sample_scene
 from diptych.text import ClipTokenizer
+from diptych.weights.diffusion import resolve_generator
 from pictures import photographs
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
@@ -26,7 +30,10 @@ def main() -> None:
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("config.toml")
     config = tomllib.loads(path.read_text())
     folder = Path(config["output"]) / "tokenizer"
-    write(folder, merges_of(sentences(config), config["tokenizer"]["vocab_size"]), config)
+    if start := config["tokenizer"].get("start"):
+        shutil.copytree(resolve_generator(start).path / "tokenizer", folder, dirs_exist_ok=True)
+    else:
+        write(folder, merges_of(sentences(config), config["tokenizer"]["vocab_size"]), config)
     tokenizer = load(config)
     for text in ("two red circles left of a blue square", "an emoji of a fox"):
         print(text, tokenizer.tokens(text))

@@ -220,8 +220,8 @@ def painted(config: dict[str, Any]) -> Painter:
 def encode_all(config: dict[str, Any], device: torch.device, workers: Workers) -> None:
     """Write scaled latents and captions of all training pictures, unless they are there.
 
-    Latents are normalised channel by channel; `normalise.json` keeps the means and deviations,
-    which `ship.py` folds into the autoencoder.
+    Latents are normalised channel by channel; `ship.py` folds their means and deviations into the
+    autoencoder. One that a generator gave (`[train_vae] start`) speaks normalised latents already.
     """
     path = Path(config["output"]) / "latents.safetensors"
     if workers.leads and not path.exists():
@@ -232,6 +232,8 @@ def encode_all(config: dict[str, Any], device: torch.device, workers: Workers) -
             tensors[name], captions[name] = encode(vae, parts, device)
         everything = torch.cat([t[:3000] for t in tensors.values()])
         mean, std = everything.mean((0, 2, 3)), everything.std((0, 2, 3))
+        if config["train_vae"].get("start"):
+            mean, std = torch.zeros_like(mean), torch.ones_like(std)
         tensors = {
             name: ((t - mean[:, None, None]) / std[:, None, None]).half().contiguous()
             for name, t in tensors.items()

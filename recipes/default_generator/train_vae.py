@@ -5,6 +5,7 @@
 
 Random crops, so that one step sees many textures; no adversary: squared error with a share of
 absolute error. Goes on from the last saved state; all chance follows from the seed and the step.
+`[train_vae] start` names a generator to begin from; with `steps = 0` its autoencoder stays.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ def main() -> None:
     if state.exists():
         progress = load_state(state, module, average, optimizer)
         first, spent = progress["step"], progress.get("spent", 0.0)
+    elif begin(module, config):
+        average = Average(module, settings["ema_decay"])
     data, former = read(config), formerly(config, device)
     rows = workers.share(settings["batch_size"])
     pace, step = Pace(settings["steps"], settings.get("seconds"), spent), first
@@ -105,6 +108,15 @@ def build(config: dict[str, Any], **changes: Any) -> Vae:
             nn.init.kaiming_normal_(parameter, nonlinearity="linear")
             parameter.data.mul_(0.2 if "conv2" in name else 1.0)
     return module
+
+
+def begin(module: Vae, config: dict[str, Any]) -> bool:
+    """Load the autoencoder of the generator that `start` names; tell whether it names one."""
+    start = config["train_vae"].get("start")
+    if start:
+        former = load_generator(resolve_generator(start), dtype="float32")
+        module.load_state_dict(former["vae"].state_dict())
+    return bool(start)
 
 
 def trained(config: dict[str, Any], device: torch.device) -> Vae:

@@ -14,7 +14,7 @@ from diptych.training.checkpoints import write_whole
 
 __all__ = ["write_report"]
 
-_WIDTH, _HEIGHT, _LEFT, _BELOW = 640, 220, 58, 24
+_WIDTH, _HEIGHT, _LEFT, _BELOW = 640, 220, 66, 24
 _COLOURS = ("#3056d3", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#0e7490")
 _MOST_POINTS = 600
 _SAMPLE = re.compile(r"step-(\d+)-(\d+)\.\w+")
@@ -25,7 +25,8 @@ _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;
 color:#1c1917;background:#fff}
 h1{font-size:1.4rem}h2{font-size:1.05rem;margin-top:2rem}
-.charts{display:flex;flex-wrap:wrap;gap:1.5rem}figure{margin:0}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(22rem,1fr));gap:1.5rem}
+figure{margin:0}figcaption span{white-space:nowrap}svg{width:100%;height:auto}
 figcaption{font-size:.85rem;color:#57534e}
 table{border-collapse:collapse;font-size:.85rem}td,th{padding:.15rem .6rem;text-align:left;
 vertical-align:top}
@@ -49,7 +50,7 @@ def write_report(
     ]
     charts = [
         _chart("Training loss", training),
-        _chart("Validation loss, same noise every time", held_out, zero=False),
+        _chart("Validation loss, same noise every time", held_out),
         _chart("Validation by part, against the start", [_relative(each) for each in by_part]),
         _chart("Learning rate", [("rate", _column(rows, "learning_rate"))]),
         _chart("Pictures a second", [("speed", _column(rows, "images_per_s"))]),
@@ -113,7 +114,7 @@ def _relative(line: Line) -> Line:
 # --- charts ---------------------------------------------------------------------------------------
 
 
-def _chart(title: str, lines: Sequence[Line], *, zero: bool = False) -> str:
+def _chart(title: str, lines: Sequence[Line]) -> str:
     """Return a line chart as SVG, or nothing where there are no numbers."""
     drawn = [(name, _thinned(points)) for name, points in lines]
     drawn = [(name, points) for name, points in drawn if points]
@@ -121,7 +122,7 @@ def _chart(title: str, lines: Sequence[Line], *, zero: bool = False) -> str:
     if not everything:
         return ""
     xs, ys = [x for x, _ in everything], [y for _, y in everything]
-    low, high = (0.0 if zero else min(ys)), max(ys)
+    low, high = min(ys), max(ys)
     if high <= low:
         low, high = low - abs(low) * 0.05 - 1e-9, high + abs(high) * 0.05 + 1e-9
     left, right = min(xs), max(max(xs), min(xs) + 1)
@@ -132,7 +133,7 @@ def _chart(title: str, lines: Sequence[Line], *, zero: bool = False) -> str:
         return f"{across:.1f},{down:.1f}"
 
     marks = [_tick(low + (high - low) * share, share) for share in (0, 0.5, 1)]
-    base = f'y="{_HEIGHT - 6}" font-size="11"'
+    base = f'y="{_HEIGHT - 6}" font-size="13"'
     marks.append(f'<text x="{_LEFT}" {base}>step {left:g}</text>')
     marks.append(f'<text x="{_WIDTH - 8}" {base} text-anchor="end">{right:g}</text>')
     curves, legend = [], []
@@ -146,9 +147,9 @@ def _chart(title: str, lines: Sequence[Line], *, zero: bool = False) -> str:
         if len(points) <= 30:
             dots = [place(x, y).split(",") for x, y in points]
             curves += [f'<circle cx="{x}" cy="{y}" r="2.5" fill="{colour}"/>' for x, y in dots]
-        legend.append(f'<span style="color:{colour}">■</span> {html.escape(name)}')
+        legend.append(f'<span><b style="color:{colour}">■</b> {html.escape(name)}</span>')
     return (
-        f'<figure><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH // 2 + 120}" '
+        f'<figure><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" '
         f'role="img" aria-label="{html.escape(title)}">{"".join(marks + curves)}</svg>'
         f"<figcaption>{html.escape(title)}: {' '.join(legend)}</figcaption></figure>"
     )
@@ -162,9 +163,10 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 def _tick(value: float, share: float) -> str:
     down = 8 + (1 - share) * (_HEIGHT - _BELOW - 8)
+    written = f"{value:.4g}" if 1e-3 <= abs(value) < 1e4 or not value else f"{value:.1e}"
     return (
         f'<line x1="{_LEFT}" x2="{_WIDTH - 8}" y1="{down:.1f}" y2="{down:.1f}" stroke="#e7e5e4"/>'
-        f'<text x="{_LEFT - 6}" y="{down + 4:.1f}" font-size="11" text-anchor="end">{value:.4g}'
+        f'<text x="{_LEFT - 6}" y="{down + 4:.1f}" font-size="13" text-anchor="end">{written}'
         "</text>"
     )
 
