@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from diptych.models.fused_projections import FusedProjections
 from diptych.models.layers import ACTIVATIONS, attention, causal_mask, split_heads
 
 __all__ = ["INPUTS", "OUTPUTS", "ClipText", "ClipTextConfig"]
@@ -150,7 +151,7 @@ class Layer(nn.Module):
         return hidden
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(FusedProjections):
     """Let every token look at itself and those before it."""
 
     def __init__(self, width: int, num_heads: int) -> None:
@@ -161,11 +162,11 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
+    def reading_one(self) -> tuple[nn.Linear, ...]:
+        return self.q_proj, self.k_proj, self.v_proj
+
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        query, key, value = (
-            split_heads(projection(hidden), self.num_heads)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = (split_heads(each, self.num_heads) for each in self.project(hidden))
         mixed, _ = attention(query, key, value, scale=query.shape[-1] ** -0.5, mask=mask)
         projected: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
         return projected

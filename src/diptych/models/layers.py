@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diptych.models.fused_projections import FusedProjections
+
 __all__ = [
     "ACTIVATIONS",
     "GegluFeedForward",
@@ -168,9 +170,10 @@ class Upsample(nn.Module):
         return grown
 
 
-class MultiHeadAttention(nn.Module):
+class MultiHeadAttention(FusedProjections):
     """Let `hidden` [B, T, D] look at `context` [B, S, E], or at itself; gives [B, T, D].
 
+    With a `context_width` (E) it takes a context, without one it has none.
     `upcast` computes the scores in float32 where float16 would overflow.
     """
 
@@ -186,10 +189,14 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.upcast = upcast
+        self.is_cross = context_width is not None
         self.to_q = nn.Linear(width, width, qkv_bias)
         self.to_k = nn.Linear(context_width or width, width, qkv_bias)
         self.to_v = nn.Linear(context_width or width, width, qkv_bias)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def reading_one(self) -> tuple[nn.Linear, ...]:
+        return (self.to_k, self.to_v) if self.is_cross else (self.to_q, self.to_k, self.to_v)
 
     def forward(
         self,
@@ -198,8 +205,11 @@ class MultiHeadAttention(nn.Module):
         style: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attend; `style` lets rows take from others, as `UNet.forward` tells."""
-        context = hidden if context is None else context
-        query, key, value = self.to_q(hidden), self.to_k(context), self.to_v(context)
+        if self.is_cross:
+            key, value = self.project(hidden if context is None else context)
+            query = self.to_q(hidden)
+        else:
+            query, key, value = self.project(hidden)
         if style is not None:
             key_rows, query_rows, share, temperature = style
             key, value = key[key_rows], value[key_rows]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diptych.models.layers import ACTIVATIONS, attention
+from diptych.models.fused_projections import FusedProjections
+from diptych.models.layers import ACTIVATIONS, attention, split_heads
 
 __all__ = ["INPUTS", "OUTPUTS", "ViT", "ViTConfig"]
 
@@ -187,7 +188,7 @@ class Layer(nn.Module):
         return hidden
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(FusedProjections):
     """Let every token look at every token."""
 
     def __init__(self, width: int, num_heads: int, qkv_bias: bool) -> None:
@@ -198,12 +199,12 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(width, width, qkv_bias)
         self.output = nn.Linear(width, width)
 
+    def reading_one(self) -> tuple[nn.Linear, ...]:
+        return self.query, self.key, self.value
+
     def forward(self, hidden: Tensor) -> Tensor:
         head_size = hidden.shape[-1] // self.num_heads
-        query, key, value = (
-            projection(hidden).unflatten(-1, (self.num_heads, head_size)).transpose(1, 2)
-            for projection in (self.query, self.key, self.value)
-        )
+        query, key, value = (split_heads(each, self.num_heads) for each in self.project(hidden))
         mixed, _ = attention(query, key, value, scale=head_size**-0.5)
         projected: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
         return projected

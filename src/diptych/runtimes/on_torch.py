@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from diptych.models.fused_projections import fuse_projections
 from diptych.models.vision_encoder_decoder import VisionEncoderDecoder
 from diptych.runtimes.network import Network, check_wanted
 from diptych.weights.files import ModelFolder
@@ -35,6 +36,8 @@ def open_checkpoint(
     chosen = best_device() if device == "auto" else device
     precision = None if dtype == "auto" else dtype
     module = faster(load_captioner(model, device=chosen, dtype=precision))
+    if chosen.startswith("cuda"):
+        fuse_projections(module)
     found = next(module.parameters()).dtype
     return torch_networks(module), module, chosen, str(found).removeprefix("torch.")
 
