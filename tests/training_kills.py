@@ -50,17 +50,22 @@ class Runs:
         assert process.exitcode == 0
         return time.monotonic() - began
 
-    def killed(self, folder: Path, kills: int, within_s: float, seed: int) -> int:
-        """Kill `kills` times at random moments, then let it end; return how many kills hit."""
-        chance, hit = random.Random(seed), 0
-        for _ in range(kills):
-            process = self.start(folder)
+    def killed(self, place: Path, kills: int, within_s: float, seed: int) -> list[Path]:
+        """Kill `kills` runs at random moments, and let each go on; return their folders.
+
+        Where one has ended before it could be killed, the next begins anew in a folder of its own.
+        """
+        chance, hit, folders = random.Random(seed), 0, [place / "0"]
+        while hit < kills:
+            if (folders[-1] / "finished").exists():
+                folders.append(place / str(len(folders)))
+            process = self.start(folders[-1])
             time.sleep(chance.uniform(0.0, within_s))
             if process.is_alive():
                 os.kill(process.pid, signal.SIGKILL)
                 hit += 1
             process.join(WAIT_S)
-        process = self.start(folder)
+        process = self.start(folders[-1])
         process.join(WAIT_S)
         assert process.exitcode == 0
-        return hit
+        return folders
