@@ -16,6 +16,7 @@ import shutil
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -323,3 +324,19 @@ def test_benchmarks_page_is_what_the_records_give() -> None:
     script = runpy.run_path(str(ROOT / "benchmarks" / "render.py"), run_name="render")
     page = ROOT / "docs" / "benchmarks.md"
     assert page.read_text("utf-8") == script["render"](), "run python benchmarks/render.py"
+
+
+def test_the_plan_names_every_file() -> None:
+    (plan,) = PLANS
+    named = set(re.findall(r"[\w*]+\.py", plan.read_text(encoding="utf-8")))
+    package = ROOT / "src" / "diptych"
+    files = {path.relative_to(package) for path in package.rglob("*.py")}
+    told_by_room = {Path("cli"), Path("weights/dialects")}  # a file each, of one kind
+    left_out = {
+        str(path)
+        for path in files
+        if path.parent not in told_by_room
+        and path.name != "__init__.py"
+        and not any(fnmatch(path.name, name) for name in named)
+    }
+    assert not left_out
