@@ -18,6 +18,7 @@ from diptych.training.buckets import Size
 from diptych.training.cache import TensorCache, cache_key
 from diptych.training.data import Item
 from diptych.training.options import GeneratorTrainOptions
+from diptych.training.resting import Resting
 from diptych.training.workplace import Workplace
 from diptych.weights.generator_files import GeneratorFolder
 
@@ -44,8 +45,9 @@ class Encoder:
         tokenizers: Mapping[str, ClipTokenizer],
         options: GeneratorTrainOptions,
         place: Workplace,
+        resting: Resting,
     ) -> None:
-        self._options, self._device = options, place.device
+        self._options, self._device, self._resting = options, place.device, resting
         self._vae, self._tokenizers = cast(Vae, modules["vae"]), tokenizers
         self._texts = {n: each for n, each in modules.items() if n.startswith("text_encoder")}
         folder = place.folder / "cache"
@@ -73,8 +75,9 @@ class Encoder:
             if is_flipped:
                 image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             pixels = torch.from_numpy(to_pixel_values(image))[None].to(self._device)
+            self._resting.wake("vae")
             with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
-                mean, log_variance = self._vae.to(self._device).float().encode(pixels)
+                mean, log_variance = self._vae.float().encode(pixels)
             return {"mean": mean[0].cpu(), "std": (0.5 * log_variance[0]).exp().cpu()}
 
         if options.cache_latents:
@@ -112,13 +115,9 @@ class Encoder:
             states.append(found)
         return torch.cat(states, -1), pooled
 
-    def rest(self) -> None:
-        """Take the autoencoder off a GPU until it is needed again: all pictures are encoded."""
-        if self._options.cache_latents and self._device.type == "cuda":
-            self._vae.to("cpu")
-
     def _kept_words(self, caption: str) -> dict[str, Tensor]:
         def encode() -> dict[str, Tensor]:
+            self._resting.wake(*self._texts)
             with torch.no_grad():
                 states, pooled = self.words([caption])
             return {"words": states[0], "pooled": pooled[0]}

@@ -26,9 +26,10 @@ from diptych.text_to_image.schedules import NoiseSchedule, ScheduleConfig
 from diptych.training.buckets import Plan, Size, bucket_of, bucket_sizes
 from diptych.training.data import Dataset, Item, prepare
 from diptych.training.encoded import Encoder, Shown
-from diptych.training.memory import checkpoint_blocks
+from diptych.training.memory import HALVES, checkpoint_blocks
 from diptych.training.methods import choose_learning
 from diptych.training.options import GeneratorTrainOptions
+from diptych.training.resting import Resting
 from diptych.training.task import Validation
 from diptych.training.wording import Wording
 from diptych.training.workplace import Workplace
@@ -72,14 +73,18 @@ class GeneratorTask:
         self._unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.schedule = NoiseSchedule(ScheduleConfig(**model.schedule))
         tokenizers = {name: files.open() for name, files in model.tokenizers.items()}
+        keeps_words = not (options.train_text_encoder or options.method == "textual-inversion")
+        # Vectors of a caption are kept while the encoders stay, and captions come again.
+        keeps_words = keeps_words and not options.shuffle_caption
+        self._resting = Resting(model, self._waiting(keeps_words), place.device)
         # Drawn before anything learns.
         self._class_items = self._draw_class_images(tokenizers)
         self.learning = choose_learning(modules, tokenizers, options)
         self.groups = self.learning.groups
-        self._encoder = Encoder(model, modules, self.learning.tokenizers, options, place)
-        # Vectors of a caption are kept while the encoders stay, and captions come again.
-        is_kept = not (options.train_text_encoder or self.learning.words or options.shuffle_caption)
-        self._words = self._encoder.kept_words if is_kept else self._encoder.words
+        self._encoder = Encoder(
+            model, modules, self.learning.tokenizers, options, place, self._resting
+        )
+        self._words = self._encoder.kept_words if keeps_words else self._encoder.words
         self._wording = Wording(options)
         if options.gradient_checkpointing:
             for module in modules.values():
@@ -97,7 +102,21 @@ class GeneratorTask:
             self._planned(self._class_items, options.seed + 1) if self._class_items else None
         )
         self.batches_per_epoch = self._plan.batches_per_epoch
-        self._encode_ahead()
+        self._encode_ahead(keeps_words)
+
+    def _waiting(self, keeps_words: bool) -> dict[str, nn.Module]:
+        """Return the networks that steps do without, once all is encoded."""
+        options = self.options
+        writes_all = not options.is_lora and options.method != "textual-inversion"
+        # Read from the checkpoint again, what is written in the end would hang on its being there.
+        if writes_all and self.place.device.type == "cpu":
+            return {}
+        return {
+            name: module
+            for name, module in self.modules.items()
+            if (name == "vae" and options.cache_latents)
+            or (name.startswith("text_encoder") and keeps_words)
+        }
 
     def _planned(self, items: Sequence[Item], seed: int) -> Plan:
         return Plan(
@@ -238,8 +257,8 @@ class GeneratorTask:
         size = self._size_of[draw.item.digest]
         return self._encoder.latents(draw.item, size, draw.seed, is_flipped=draw.is_flipped)
 
-    def _encode_ahead(self) -> None:
-        """Encode all pictures before the first step, each process its part."""
+    def _encode_ahead(self, keeps_words: bool) -> None:
+        """Encode all pictures and captions before the first step, each process its part."""
         if self.options.cache_latents:
             workers = self.place.workers
             ahead = [*self._train, *self._class_items, *self._held]
@@ -247,8 +266,17 @@ class GeneratorTask:
                 for is_flipped in (False, True) if self.options.random_flip else (False,):
                     size = self._size_of[item.digest]
                     self._encoder.latents(item, size, is_flipped=is_flipped)
+        if keeps_words:
+            half = HALVES.get(self.options.mixed_precision)
+            # As within a step: what is kept is what a step would have computed.
+            with torch.autocast(self.place.device.type, half, enabled=half is not None):
+                captions = {self.options.class_prompt or ""} if self._class_items else set()
+                for item in (*self._train, *self._held):
+                    captions.update(self._wording.all_of(item))
+                for caption in sorted(captions):
+                    self._encoder.kept_words([caption])
         self.place.workers.wait()
-        self._encoder.rest()
+        self._resting.rest()
 
     # --- validation and samples ---------------------------------------------------------------
 
@@ -285,10 +313,10 @@ class GeneratorTask:
         for number, prompt in enumerate(prompts):
             drawn = self._drawn(generator, prompt, number)
             drawn.save(folder / f"step-{step:08d}-{number}.png")
-        self._encoder.rest()
+        self._resting.rest()
 
     def _painter(self, tokenizers: Mapping[str, ClipTokenizer]) -> ImageGenerator:
-        self._vae.to(self.place.device)
+        self._resting.wake()
         return ImageGenerator(generator_networks(self.modules), tokenizers, self.model)
 
     def _drawn(self, generator: ImageGenerator, prompt: str, seed: int) -> GeneratedImage:
@@ -312,7 +340,7 @@ class GeneratorTask:
             vectors = {name: words.vectors for name, words in learning.words.items()}
             save_embedding(vectors, options.placeholder_token or "", path)
             return [path]
-        self._vae.to(self.place.device)
+        self._resting.wake()
         files = [folder / "model"]
         save_generator(self.modules, self.model, files[0], dtype="float32")
         if options.save_single_file:

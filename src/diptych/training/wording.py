@@ -48,6 +48,11 @@ class Wording:
         is_shuffled = options.shuffle_caption and not self._sentences
         return self._shuffled(caption, rng) if is_shuffled else caption
 
+    def all_of(self, item: Item) -> list[str]:
+        """Return every caption that `training` and `held_out` can give, if none is shuffled."""
+        nothing = [""] if self._options.caption_dropout else []
+        return [*(self._sentences or item.captions), *nothing]
+
     def held_out(self, item: Item) -> str:
         """Return the same caption of the picture every time."""
         return (self._sentences or item.captions)[0]

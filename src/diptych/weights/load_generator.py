@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -33,10 +33,12 @@ def load_generator(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
     check_finite: bool = False,
+    only: Collection[str] | None = None,
 ) -> dict[str, nn.Module]:
     """Build the networks of `model`, fill them, and return them ready for inference.
 
-    They are `text_encoder`, for SDXL `text_encoder_2`, `unet` and `vae`. `dtype` None is the
+    They are `text_encoder`, for SDXL `text_encoder_2`, `unet` and `vae`, or `only` the named ones.
+    `dtype` None is the
     files' own, but float32 on a CPU, where halves are slow. With `check_finite`, a tensor that
     holds NaN or infinity is refused. Raises `WeightsMismatch` unless every tensor of the files
     finds its place and every place its tensor.
@@ -52,6 +54,8 @@ def load_generator(
     reader = Reader(device, as_dtype(dtype, device, every))
     modules: dict[str, nn.Module] = {}
     for name, source in sources.items():
+        if only is not None and name not in only:
+            continue
         modules[name] = build_module(name, model.configs[name])
         fill(modules[name], source, reader, check_finite=check_finite)
         modules[name].eval()
