@@ -190,8 +190,8 @@ def loss(
 
 @torch.no_grad()
 def validate(config: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Measure PSNR of held-out pictures, dB, mean over pictures; and the spread of latents."""
-    module, found, spread = trained(config, device), {}, []
+    """Measure PSNR of held-out pictures, dB, mean over pictures; spread of latents; mesh."""
+    module, found, spread, meshes = trained(config, device), {}, [], []
     data = Path(config["data"])
     held_out: dict[str, Captioned] = {n: photographs(data, n, "val") for n in ("emoji", "flowers")}
     held_out["scenes"] = scenes(100, config["seed"] + 1)
@@ -200,11 +200,21 @@ def validate(config: dict[str, Any], device: torch.device) -> dict[str, Any]:
         for start in range(0, len(each), 32):
             pixels = to_pixels(each.pictures[start : start + 32], device)
             mean, _ = module.encode(pixels)
-            error = (module.decode(mean).clamp(-1, 1) - pixels).square().mean((1, 2, 3))
+            made = module.decode(mean).clamp(-1, 1)
+            error = (made - pixels).square().mean((1, 2, 3))
+            meshes.append(mesh(made, config["vae"]["patch_size"]))
             ratios += (10 * torch.log10(4 / error)).tolist()
             spread.append(mean.flatten(1).std(1).mean().item())
         found[f"psnr_{name}"] = round(float(np.mean(ratios)), 2)
-    return {**found, "latent_std": round(float(np.mean(spread)), 4)}
+    seen = {"latent_std": np.mean(spread), "mesh": np.mean(meshes)}
+    return {**found, **{name: round(float(value), 4) for name, value in seen.items()}}
+
+
+def mesh(pictures: Tensor, patch: int) -> float:
+    """Return how much steeper pictures [B, C, H, W] are between patches than within; 1 is none."""
+    steps = (pictures[..., 1:] - pictures[..., :-1]).abs().mean((0, 1, 2))
+    between = torch.arange(1, len(steps) + 1, device=steps.device) % patch == 0
+    return float(steps[between].mean() / steps[~between].mean())
 
 
 if __name__ == "__main__":

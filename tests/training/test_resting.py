@@ -17,6 +17,7 @@ from diptych.training.options import GeneratorTrainOptions
 from diptych.training.parallel import Workers
 from diptych.training.resting import Resting
 from diptych.training.workplace import Workplace
+from diptych.weights.diffusion import resolve_generator
 from diptych.weights.generator_files import describe_generator
 from diptych.weights.load_generator import load_generator
 
@@ -142,3 +143,16 @@ def test_they_come_back_in_their_type(sd1: Path) -> None:
             assert state[key].dtype == each.dtype
             assert torch.equal(state[key], each)
         assert not any(each.requires_grad for each in modules[name].parameters())
+
+
+@pytest.mark.parametrize("only", [{"vae", "text_encoder"}, {"unet"}])
+def test_some_networks_of_an_edition(only: set[str]) -> None:
+    """Its LoRA, which is of the UNet, is left out with it and goes into it."""
+    edition = resolve_generator("default-turbo")
+    assert edition.lora is not None
+    whole = load_generator(edition, dtype="float32")
+    some = load_generator(edition, dtype="float32", only=only)
+    assert some.keys() == only
+    for name, module in some.items():
+        wanted = whole[name].state_dict()
+        assert all(torch.equal(each, wanted[key]) for key, each in module.state_dict().items())

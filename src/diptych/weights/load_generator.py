@@ -60,7 +60,9 @@ def load_generator(
         fill(modules[name], source, reader, check_finite=check_finite)
         modules[name].eval()
     if model.lora is not None:
-        merge_lora(modules, model.lora)
+        # It may be of networks that nobody asked for: they are there without numbers.
+        others = {name: build_module(name, model.configs[name]) for name in {*sources} - {*modules}}
+        merge_lora({**modules, **others}, model.lora)
     return modules
 
 
