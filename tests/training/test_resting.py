@@ -9,33 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from diptych.training.data import prepare
 from diptych.training.generator import GeneratorTask
 from diptych.training.memory import HALVES
-from diptych.training.methods import generator_defaults
-from diptych.training.options import GeneratorTrainOptions
-from diptych.training.parallel import Workers
 from diptych.training.resting import Resting
-from diptych.training.workplace import Workplace
 from diptych.weights.diffusion import resolve_generator
 from diptych.weights.generator_files import describe_generator
 from diptych.weights.load_generator import load_generator
+from training_tasks import make_task
 
+SAMPLED = {"num_sample_images": 1, "sample_steps": 2}
 WAITING = {"sd1": ["text_encoder", "vae"], "sdxl": ["text_encoder", "text_encoder_2", "vae"]}
-
-
-def make_task(model: Path, data: Path, folder: Path, **words: Any) -> GeneratorTask:
-    described = describe_generator(model)
-    small = {"resolution": 64, "max_train_steps": 3, "train_batch_size": 2, "num_sample_images": 1}
-    options = GeneratorTrainOptions(**{**small, "sample_steps": 2, **words})
-    options = options.resolve(generator_defaults(options, described))
-    return GeneratorTask(
-        described,
-        load_generator(described, dtype="float32"),
-        prepare(data, validation_fraction=0.25),
-        options,
-        Workplace(folder, torch.device("cpu"), Workers.alone()),
-    )
 
 
 def waiting(task: GeneratorTask) -> list[str]:
@@ -69,7 +52,7 @@ def test_steps_and_samples_stay_the_same(
     words: dict[str, Any],
 ) -> None:
     model = request.getfixturevalue(family)
-    task = make_task(model, pictures, tmp_path / "rests", **words)
+    task = make_task(model, pictures, tmp_path / "rests", **SAMPLED, **words)
     assert waiting(task) == WAITING[family]
     found = errors(task)
     assert waiting(task) == WAITING[family], "nothing of a step needs them"
@@ -77,7 +60,7 @@ def test_steps_and_samples_stay_the_same(
         task.sample(3)
     assert waiting(task) == WAITING[family]
     monkeypatch.setattr(Resting, "rest", lambda self: None)
-    other = make_task(model, pictures, tmp_path / "stays", **words)
+    other = make_task(model, pictures, tmp_path / "stays", **SAMPLED, **words)
     assert waiting(other) == []
     assert torch.equal(found, errors(other))
     with torch.no_grad(), as_in_a_run(task):

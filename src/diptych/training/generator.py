@@ -259,8 +259,8 @@ class GeneratorTask:
 
     def _encode_ahead(self, keeps_words: bool) -> None:
         """Encode all pictures and captions before the first step, each process its part."""
+        workers = self.place.workers
         if self.options.cache_latents:
-            workers = self.place.workers
             ahead = [*self._train, *self._class_items, *self._held]
             for item in ahead[workers.rank :: workers.count]:
                 for is_flipped in (False, True) if self.options.random_flip else (False,):
@@ -273,9 +273,9 @@ class GeneratorTask:
                 captions = {self.options.class_prompt or ""} if self._class_items else set()
                 for item in (*self._train, *self._held):
                     captions.update(self._wording.all_of(item))
-                for caption in sorted(captions):
+                for caption in sorted(captions)[workers.rank :: workers.count]:
                     self._encoder.kept_words([caption])
-        self.place.workers.wait()
+        workers.wait()
         self._resting.rest()
 
     # --- validation and samples ---------------------------------------------------------------

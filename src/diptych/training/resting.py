@@ -36,8 +36,8 @@ class Resting:
 
     def wake(self, *names: str) -> None:
         """Bring some back, or all without names, as they were."""
-        wanted = {name: self._asleep.pop(name) for name in names or [*self._asleep]
-                  if name in self._asleep}  # fmt: skip
+        chosen = self._asleep.keys() & names if names else {*self._asleep}
+        wanted = {name: self._asleep.pop(name) for name in chosen}
         if wanted and self._device.type == "cpu":
             anew = load_generator(self._model, dtype="float32", only=wanted.keys())
             for name, dtype in wanted.items():

@@ -38,10 +38,9 @@ def load_generator(
     """Build the networks of `model`, fill them, and return them ready for inference.
 
     They are `text_encoder`, for SDXL `text_encoder_2`, `unet` and `vae`, or `only` the named ones.
-    `dtype` None is the
-    files' own, but float32 on a CPU, where halves are slow. With `check_finite`, a tensor that
-    holds NaN or infinity is refused. Raises `WeightsMismatch` unless every tensor of the files
-    finds its place and every place its tensor.
+    `dtype` None is the files' own, but float32 on a CPU, where halves are slow. With
+    `check_finite`, a tensor that holds NaN or infinity is refused. Raises `WeightsMismatch` unless
+    every tensor of the files finds its place and every place its tensor.
     """
     if not model.weights:
         raise WeightsMismatch(
