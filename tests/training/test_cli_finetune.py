@@ -12,7 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from diptych.cli import app
-from diptych.errors import BadInput, DiptychError
+from diptych.errors import BadInput, DiptychError, MissingExtra
+from diptych.runtimes import network
 from tiny_models import make_captioner
 from training_pictures import draw_pictures
 
@@ -153,6 +154,16 @@ def test_a_run_is_no_part_of_its_data(sd1: Path, pictures: Path) -> None:
 def test_no_output_is_asked_for(pictures: Path) -> None:
     result = run("finetune", "generator", pictures)
     assert "--output" in str(result.exception)
+
+
+@pytest.mark.parametrize("panel", ["generator", "captioner"])
+def test_without_torch_the_extra_of_the_guides_is_named(
+    panel: str, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network, "find_spec", lambda name: None)
+    result = run("finetune", panel, pictures, "--dry-run")
+    assert isinstance(result.exception, MissingExtra)
+    assert result.exception.extra == "train"
 
 
 def test_evaluate_draws_with_a_lora(tmp_path: Path, sd1: Path, pictures: Path) -> None:

@@ -131,7 +131,7 @@ def _train(
 def _need_torch() -> None:
     from diptych.runtimes.network import require_torch
 
-    require_torch("training")
+    require_torch("training", "train")
 
 
 def _show_data(data: Path, options: Any, training: Training, caption_with: str | None) -> None:
