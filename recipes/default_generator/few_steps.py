@@ -5,8 +5,10 @@
 The way from noise to picture is cut into as many pieces as steps are wanted. The teacher walks
 them in small steps with guidance; the pupil learns to arrive where the teacher did, in one step of
 DDIM a piece (progressive distillation: Salimans and Ho 2022; of guidance: Meng et al. 2023). Only
-sentences are needed, no pictures. Resumable; all chance follows from the seed and the step. The
-folder is one that `ship.py` wrote: its generator is the teacher, and gets the edition `turbo`.
+sentences are needed, no pictures. A pupil that exists already (`start`) can walk the first pieces
+of some walks itself (`own`, their share): it then learns what to do after its own errors (DAgger:
+Ross et al. 2011). Resumable; all chance follows from the seed and the step. The folder is one that
+`ship.py` wrote: its generator is the teacher, and gets the edition `turbo`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+import configs
 from diptych.evaluation.scenes import paraphrase, sample_scene, sentence
 from diptych.models.lora import LowRank
 from diptych.runtimes.export_generator import add_edition
@@ -87,7 +89,11 @@ def main(config: dict[str, Any], folder: Path) -> None:
     networks = load_generator(model, device=device, dtype="float32")
     unet = networks["unet"].to(memory_format=torch.channels_last).requires_grad_(False)
     schedule = NoiseSchedule(ScheduleConfig(**model.schedule))
-    walks = walk_all(config, networks, model.tokenizers["tokenizer"].open(), schedule)
+    pupil = None
+    if settings.get("own"):
+        pupil = load_generator(model, device=device, dtype="float32", only={"unet"})["unet"]
+        begin(Updates(pupil, settings["layers"], settings["rank"], 0).to(device), settings)
+    walks = walk_all(config, networks, model.tokenizers["tokenizer"].open(), schedule, pupil)
 
     updates = Updates(unet, settings["layers"], settings["rank"], config["seed"]).to(device)
     average = Average(updates, settings["ema_decay"])
@@ -99,10 +105,7 @@ def main(config: dict[str, Any], folder: Path) -> None:
     elif begin(updates, settings):
         average = Average(updates, settings["ema_decay"])
     pace = Pace(settings["steps"], settings.get("seconds"), spent)
-    levels = schedule.steps("ddim", settings["pieces"])
-    # DDIM leaves a trace of noise in the picture; the teacher does not.
-    sigmas = torch.tensor([*levels.sigmas[:-1], 0.0], device=device)
-    timesteps = torch.tensor(levels.timesteps, device=device).float()
+    sigmas, timesteps = (part.to(device) for part in ends_of(schedule, settings["pieces"]))
     weights = weights_of(sigmas)
     step, saved, told = first, time.time(), []
     while step < (total := pace.total(step)):
@@ -154,10 +157,19 @@ def batch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw pieces of walks, equally many of each: both ends, token ids, and which piece it is."""
     size, pieces = settings["batch_size"], settings["pieces"]
-    rows = np.random.default_rng(seed).integers(len(walks["ids"]), size=size)
-    chosen, piece = torch.from_numpy(rows), torch.arange(pieces).repeat_interleave(size // pieces)
+    piece = torch.arange(pieces).repeat_interleave(size // pieces)
+    order, counts = walks["own"].argsort(stable=True), walks["own"].bincount(minlength=pieces)
+    known = counts.cumsum(0)[piece].numpy()  # the walks in which the teacher walked that piece
+    chosen = order[torch.from_numpy(np.random.default_rng(seed).integers(known))]
     start, end = (walks["latents"][chosen, piece + k].float() for k in (0, 1))
     return start, end, walks["ids"][chosen], piece
+
+
+def ends_of(schedule: NoiseSchedule, pieces: int) -> tuple[Tensor, Tensor]:
+    """Return the sigmas of the ends of all pieces, and the timestep at which each begins."""
+    levels = schedule.steps("ddim", pieces)
+    # DDIM leaves a trace of noise in the picture; the teacher does not.
+    return torch.tensor([*levels.sigmas[:-1], 0.0]), torch.tensor(levels.timesteps).float()
 
 
 def velocity(start: Tensor, end: Tensor, sigmas: Tensor, piece: Tensor) -> Tensor:
@@ -170,6 +182,13 @@ def velocity(start: Tensor, end: Tensor, sigmas: Tensor, piece: Tensor) -> Tenso
     ratio = target / sigma
     clean = (end / left - start / signal * ratio) / (1 - ratio)
     return (signal * start - clean) / (sigma * signal)
+
+
+def arrive(start: Tensor, speed: Tensor, sigma: float, target: float) -> Tensor:
+    """Return where a step of DDIM with the v `speed` arrives: `velocity` the other way round."""
+    signal = 1 / math.hypot(sigma, 1)
+    clean = signal * start - sigma * signal * speed
+    return (clean + (start / signal - clean) * (target / sigma)) / math.hypot(target, 1)
 
 
 def weights_of(sigmas: Tensor) -> Tensor:
@@ -192,10 +211,12 @@ def walk_all(
     networks: dict[str, nn.Module],
     tokenizer: ClipTokenizer,
     schedule: NoiseSchedule,
+    pupil: nn.Module | None,
 ) -> dict[str, Tensor]:
     """Return `latents` [N, pieces + 1, c, h, w] at the ends of all pieces, and token `ids` [N, T].
 
-    They are written part by part, and what is there is not walked again.
+    `own` [N] counts the pieces that the pupil walked. They are written part by part, and what is
+    there is not walked again.
     """
     settings, folder = config["few_steps"], Path(config["output"]) / "walks"
     folder.mkdir(exist_ok=True)
@@ -211,11 +232,15 @@ def walk_all(
             ]
             ids = torch.tensor([tokenizer.encode(each) for each in sentences])
             empty = torch.tensor(tokenizer.encode(""))
-            latents = walk(networks, ids, empty, schedule, settings, rng)
-            save_file({"latents": latents, "ids": ids}, path.with_suffix(".partial"))
+            own = 0
+            if pupil is not None and rng.random() < settings["own"]:
+                own = int(rng.integers(1, settings["pieces"]))
+            latents = walk(networks, ids, empty, schedule, settings, rng, pupil, own)
+            kept = {"latents": latents, "ids": ids, "own": torch.full((len(ids),), own)}
+            save_file(kept, path.with_suffix(".partial"))
             path.with_suffix(".partial").replace(path)
         parts.append(load_file(path))
-    return {name: torch.cat([each[name] for each in parts]) for name in ("latents", "ids")}
+    return {name: torch.cat([each[name] for each in parts]) for name in ("latents", "ids", "own")}
 
 
 def sentence_of(
@@ -238,10 +263,12 @@ def walk(
     schedule: NoiseSchedule,
     settings: dict[str, Any],
     rng: np.random.Generator,
+    pupil: nn.Module | None = None,
+    own: int = 0,
 ) -> Tensor:
     """Walk from noise to pictures with guidance; return latents [B, pieces + 1, c, h, w], halves.
 
-    Latents are of variance one, as the network sees them.
+    The first `own` pieces are the `pupil`'s. Latents are of variance one, as the network sees them.
     """
     unet, device = networks["unet"], next(networks["unet"].parameters()).device
     words, _ = networks["text_encoder"](torch.cat([ids, empty.expand_as(ids)]).to(device))
@@ -261,9 +288,20 @@ def walk(
     noise = torch.from_numpy(rng.standard_normal((len(ids), *size), np.float32))
     start = noise.to(device)
     kept = [start]
+    ends, timesteps = ends_of(schedule, settings["pieces"])
+    for piece in range(own):
+        assert pupil is not None
+        seen = kept[-1].contiguous(memory_format=torch.channels_last)
+        told = torch.full((len(seen),), float(timesteps[piece]), device=device)
+        with torch.autocast(device.type, torch.bfloat16):
+            speed = pupil(seen, told, words[: len(ids)]).float()
+        kept.append(arrive(kept[-1], speed, float(ends[piece]), float(ends[piece + 1])))
+    left = steps.skip(own * each)
     kept += [
-        step.latents / math.hypot(steps.sigmas[step.index + 1], 1)
-        for step in sample(steps, denoise, start * steps.initial_scale, NoiseSource([0]))
+        step.latents / math.hypot(left.sigmas[step.index + 1], 1)
+        for step in sample(
+            left, denoise, kept[-1] * math.hypot(left.sigmas[0], 1), NoiseSource([0])
+        )
         if (step.index + 1) % each == 0
     ]
     return torch.stack(kept, 1).half().cpu()
@@ -285,8 +323,4 @@ def write(updates: Updates, tensors: dict[str, Tensor], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    where = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("config.toml")
-    main(
-        tomllib.loads(Path(where).read_text()),
-        Path(sys.argv[2]) if len(sys.argv) > 2 else EMBEDDED,
-    )
+    main(configs.asked(), Path(sys.argv[2]) if len(sys.argv) > 2 else EMBEDDED)

@@ -9,15 +9,14 @@ and of drawn pictures the shares of objects with their colours, of counts, of ev
 
 from __future__ import annotations
 
-import sys
 import tempfile
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+import configs
 from diptych import ImageGenerator
 from diptych.evaluation.adherence import report
 from diptych.evaluation.scenes import evaluation_prompts, sample_scene, sentence
@@ -38,8 +37,7 @@ TIMESTEPS = (100, 400, 700, 950)
 
 
 def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("config.toml")
-    config = tomllib.loads(path.read_text())
+    config = configs.asked()
     torch.backends.cudnn.benchmark = True
     row = {"error": errors(config), **adherence(config)}
     Log(Path(config["output"]) / "judge.jsonl").write(**row)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+import configs
 from diptych.models.vae import Vae
 from diptych.runtimes.export_generator import export_generator
 from diptych.weights.generator_files import GeneratorFolder
@@ -32,9 +32,8 @@ EMBEDDED = ROOT / "src" / "diptych" / "weights" / "embedded" / "generator"
 
 
 def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("config.toml")
     folder = Path(sys.argv[2]) if len(sys.argv) > 2 else EMBEDDED
-    config = tomllib.loads(path.read_text())
+    config = configs.asked()
     modules = networks(config)
     model = described(config, modules, folder)
     save_generator(modules, model, folder, dtype="float16")

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+import configs
 from diptych.evaluation.scenes import paraphrase, sample_scene
 from diptych.text import ClipTokenizer
 from diptych.weights.diffusion import resolve_generator
@@ -27,8 +26,7 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("config.toml")
-    config = tomllib.loads(path.read_text())
+    config = configs.asked()
     folder = Path(config["output"]) / "tokenizer"
     if start := config["tokenizer"].get("start"):
         shutil.copytree(resolve_generator(start).path / "tokenizer", folder, dirs_exist_ok=True)

@@ -11,9 +11,7 @@ from the seed and the step. `[train] start` names a generator to begin from.
 from __future__ import annotations
 
 import json
-import sys
 import time
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import configs
 from diptych.models.clip_text import ClipText, ClipTextConfig
 from diptych.models.unet import UNet, UNetConfig
 from diptych.runtimes.on_torch_widened import multiplies
@@ -74,8 +73,7 @@ class Encoded:
 
 
 def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("config.toml")
-    config = tomllib.loads(path.read_text())
+    config = configs.asked()
     settings, output = config["train"], Path(config["output"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")  # of a GPU: tf32 where bfloat16 is not asked for

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+import configs
 from diptych import ImageGenerator
 from diptych.evaluation.scenes import Scene, evaluation_prompts, parse_sentence, sample_scene
 from pictures import SIDE, Captioned, photographs, scene_parts
@@ -277,7 +277,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the figures there, as JSON")
     asked = parser.parse_args()
     generator = ImageGenerator.load(asked.model, runtime=asked.runtime)
-    config = tomllib.loads(asked.config.read_text())
+    config = configs.read(asked.config)
     originals = Originals(asked.data, config, asked.scenes, asked.seed)
     found, pairs = measure(generator, originals, originals.prompts(asked.count), asked.seed)
     print(table(found))

@@ -9,8 +9,6 @@ reading save hours of painting: cross-attention finds the parts of a sentence al
 
 from __future__ import annotations
 
-import sys
-import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import configs
 from diptych.evaluation.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -56,8 +55,7 @@ class Reader(nn.Module):
 
 
 def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("config.toml")
-    config = tomllib.loads(path.read_text())
+    config = configs.asked()
     settings, output = config["words"], Path(config["output"])
     torch.manual_seed(config["seed"])
     tokenizer = load_tokenizer(config)

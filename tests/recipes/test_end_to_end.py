@@ -289,3 +289,36 @@ def test_generator_from_pictures_to_shipped_files_with_kills(data, tmp_path):
         "guidance_scale": 1.0,
         "sampler": "ddim",
     }
+    _goes_on(runs, path, tmp_path)
+
+
+def _goes_on(runs: Runs, path: Path, folder: Path) -> None:
+    """Let only the decoder learn, with a last look it had not, from what has shipped."""
+    before, after = folder / "killed", folder / "on"
+    start = {"start": str(before / "shipped")}
+    words = {
+        "base": path.name,
+        "output": str(after),
+        "vae": {"refine_channels": 3},
+        "train_vae": {**start, "learns": "decoder", "steps": 20},
+        "tokenizer": start,
+        "train": {**start, "steps": 2},
+        "few_steps": {"start": str(before / "shipped" / "turbo.safetensors"), "own": 0.5},
+    }
+    on = folder / "on.toml"
+    on.write_text(ablations.toml(words), encoding="utf-8")
+    for stage in ("train_vae", "tokenizer", "train"):
+        runs.finish([sys.executable, f"recipes/default_generator/{stage}.py", str(on)])
+    shipped = str(after / "shipped")
+    for stage in ("ship", "few_steps"):
+        runs.finish([sys.executable, f"recipes/default_generator/{stage}.py", str(on), shipped])
+    own = {int(load_file(part)["own"][0]) for part in (after / "walks").iterdir()}
+    assert own > {0}  # with steps of the pupil, and without
+    weights = "shipped/vae/diffusion_pytorch_model.safetensors"
+    ours, theirs = load_file(after / weights), load_file(before / weights)
+    assert ours.keys() - theirs.keys() == {
+        f"refine.{name}.{kind}" for name in ("conv_in", "conv_out") for kind in ("weight", "bias")
+    }
+    for name, values in theirs.items():
+        same = np.array_equal(values, ours[name][: len(values)])
+        assert same == name.startswith(("encoder.", "quant_conv.")), name

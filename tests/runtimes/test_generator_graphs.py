@@ -69,6 +69,8 @@ VAES: dict[str, dict[str, Any]] = {
     "bare": {"use_quant_conv": False, "use_post_quant_conv": False, "mid_attention": False},
     "three levels": {"block_out_channels": (8, 8, 16), "layers_per_block": 2},
     "folded": {"patch_size": 2},
+    "folded and refined": {"patch_size": 2, "refine_channels": 4},
+    "refined": {"refine_channels": 3},
 }
 
 

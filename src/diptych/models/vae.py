@@ -39,6 +39,7 @@ class VaeConfig:
     mid_attention: bool = True
     force_upcast: bool = False  # overflows in float16
     patch_size: int = 1  # pixels along an edge folded into channels first; 1 in published models
+    refine_channels: int = 0  # maps for the last look, pixel by pixel; 0 in published models
 
     @property
     def downsampling(self) -> int:
@@ -71,7 +72,7 @@ class Vae(nn.Module):
         self.decoder = Decoder(
             latent,
             config.block_out_channels[::-1],
-            config.out_channels * folded,
+            (config.out_channels + config.refine_channels) * folded,
             config.layers_per_block + 1,
             config.norm_num_groups,
             config.mid_attention,
@@ -82,6 +83,9 @@ class Vae(nn.Module):
         self.post_quant_conv: nn.Conv2d | None = None
         if config.use_post_quant_conv:
             self.post_quant_conv = nn.Conv2d(latent, latent, 1)
+        self.refine: Refine | None = None
+        if config.refine_channels:
+            self.refine = Refine(config.out_channels, config.refine_channels)
 
     def encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Map [B, 3, H, W] in [-1, 1] to `mean` and `log_variance`, both [B, c, h, w]."""
@@ -100,6 +104,8 @@ class Vae(nn.Module):
         pixel_values: Tensor = self.decoder(latents)
         if self.config.patch_size > 1:
             pixel_values = F.pixel_shuffle(pixel_values, self.config.patch_size)
+        if self.refine is not None:
+            pixel_values = self.refine(pixel_values)
         return pixel_values
 
     def forward(self, pixel_values: Tensor, noise: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -171,6 +177,24 @@ class Decoder(nn.Module):
             hidden = block(hidden)
         decoded: Tensor = self.conv_out(F.silu(self.conv_norm_out(hidden)))
         return decoded
+
+
+class Refine(nn.Module):
+    """Add to the colours what the maps beside them tell; [B, out + maps, H, W] to [B, out, H, W].
+
+    Pixels unfolded from channels do not know those of the patch beside theirs: without it the
+    edges of the patches show.
+    """
+
+    def __init__(self, out_channels: int, channels: int) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(out_channels + channels, channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        colours = hidden[:, : self.conv_out.out_channels]
+        refined: Tensor = colours + self.conv_out(F.silu(self.conv_in(hidden)))
+        return refined
 
 
 class DownBlock(nn.Module):

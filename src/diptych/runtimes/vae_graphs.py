@@ -65,11 +65,15 @@ def vae_decoder_graph(config: Config, weights: Weights) -> Graph:
             hidden = write.conv(hidden, f"{path}.upsamplers.0.conv", pad=1)
     hidden = _vae_end(write, config, hidden, "decoder")
     output = graph.output("pixel_values", ["B", config["out_channels"], "H", "W"])
-    if (patch := config["patch_size"]) == 1:
-        write.conv(hidden, "decoder.conv_out", pad=1, to=output)
-    else:
-        hidden = write.conv(hidden, "decoder.conv_out", pad=1)
-        graph.add("DepthToSpace", hidden, to=output, blocksize=patch, mode="CRD")
+    hidden = write.conv(hidden, "decoder.conv_out", pad=1)
+    if (patch := config["patch_size"]) > 1:
+        hidden = graph.add("DepthToSpace", hidden, blocksize=patch, mode="CRD")
+    if config["refine_channels"]:
+        ends = (graph.ints(0), graph.ints(config["out_channels"]), graph.ints(1))
+        told = write.silu(write.conv(hidden, "refine.conv_in", pad=1))
+        told = write.conv(told, "refine.conv_out", pad=1)
+        hidden = graph.add("Add", graph.add("Slice", hidden, *ends), told)
+    graph.add("Identity", hidden, to=output)
     return graph
 
 

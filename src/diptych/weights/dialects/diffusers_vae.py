@@ -41,6 +41,8 @@ _PATHS = (
     *(f"{half}.{last}" for half, _, _ in _HALVES for last in ("conv_norm_out", "conv_out")),
     "quant_conv",
     "post_quant_conv",
+    "refine.conv_in",  # ours, as `refine_channels` is
+    "refine.conv_out",
 )
 
 ALIASES = tuple(
@@ -75,6 +77,7 @@ FIELDS = {
     "mid_attention": Field("bool", True, foreign="mid_block_add_attention"),
     "force_upcast": Field("bool", True),
     "patch_size": Field("int", 1, 1, 16),  # ours; published models have none
+    "refine_channels": Field("int", 0, 0, 256),  # ours too
 }
 _BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 
@@ -105,8 +108,9 @@ def write_config(config: Mapping[str, Any]) -> dict[str, Any]:
     config = check_config(config)
     count = len(config["block_out_channels"])
     words = {FIELDS[name].foreign or name: value for name, value in config.items()}
-    if config["patch_size"] == 1:
-        del words["patch_size"]
+    for ours in ("patch_size", "refine_channels"):
+        if config[ours] == FIELDS[ours].default:
+            del words[ours]
     return {
         "_class_name": "AutoencoderKL",
         **words,
