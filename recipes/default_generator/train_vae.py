@@ -6,11 +6,14 @@
 Random crops, so that one step sees many textures; no adversary: squared error with a share of
 absolute error. Goes on from the last saved state; all chance follows from the seed and the step.
 `[train_vae] start` names a generator to begin from; with `steps = 0` its autoencoder stays, and
-with `learns = "decoder"` its encoder does, so that a painter's latents mean what they did.
+with `learns = "decoder"` its encoder does, so that a painter's latents mean what they did. A share
+`painted` of the pictures then comes back from latents as that generator's painter leaves them,
+which are smoother than those of the encoder.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +26,8 @@ from torch import Tensor, nn
 import configs
 from diptych.models.vae import Vae, VaeConfig
 from diptych.runtimes.on_torch_widened import multiplies
+from diptych.text_to_image.denoiser import EpsDenoiser
+from diptych.text_to_image.schedules import NoiseSchedule, ScheduleConfig
 from diptych.training.parallel import Workers
 from diptych.training.state import (
     Average,
@@ -39,6 +44,7 @@ from diptych.weights.load_generator import load_generator
 from pictures import Captioned, photographs, scenes
 
 Pictures = NDArray[np.uint8]
+Repaint = Callable[[Tensor, torch.Generator], Tensor]
 SAVE_EVERY = 200
 FLAT = 0.02  # of -1 to 1: the span of a neighbourhood of 9 x 9 pixels that counts as flat
 
@@ -68,7 +74,7 @@ def main() -> None:
         module.encoder.requires_grad_(False)
         if module.quant_conv is not None:
             module.quant_conv.requires_grad_(False)
-    data, former = read(config), formerly(config, device)
+    data, former, repaint = read(config), formerly(config, device), repainting(config, device)
     rows = workers.share(settings["batch_size"])
     pace, step = Pace(settings["steps"], settings.get("seconds"), spent), first
     sums: dict[str, Tensor] = {}
@@ -83,7 +89,7 @@ def main() -> None:
         # Without units for bfloat16 it would be slower than float32.
         narrow = device.type == "cuda" or multiplies(torch.bfloat16)
         with torch.autocast(device.type, torch.bfloat16, enabled=narrow):
-            losses = loss(module, pixels, chance, settings, former)
+            losses = loss(module, pixels, chance, settings, former, repaint)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         workers.average(module.parameters())
@@ -177,21 +183,60 @@ def formerly(config: dict[str, Any], device: torch.device) -> Vae | None:
     return cast(Vae, module["vae"].requires_grad_(False))
 
 
+def repainting(config: dict[str, Any], device: torch.device) -> Repaint | None:
+    """Return what puts latents behind a little noise and lets the painter of `start` find them.
+
+    It is the end of its way to a picture in one step, without a sentence (`painted_until`: above
+    the highest of the timesteps). None if no latents are to be `painted`.
+    """
+    settings = config["train_vae"]
+    if not settings.get("painted"):
+        return None
+    model = resolve_generator(settings["start"])
+    networks = load_generator(model, device=device, dtype="float32", only={"text_encoder", "unet"})
+    unet = networks["unet"].requires_grad_(False)
+    schedule = NoiseSchedule(ScheduleConfig(**model.schedule))
+    steps = schedule.steps("euler", 1)  # any: they tell the timestep of every sigma
+    ids = torch.tensor([model.tokenizers["tokenizer"].open().encode("")], device=device)
+    with torch.no_grad():
+        words = networks["text_encoder"](ids)[0]
+
+    def predict(latents: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> list[Tensor]:
+        return [unet(latents, timestep, encoder_hidden_states.expand(len(latents), -1, -1))]
+
+    told = {"encoder_hidden_states": words}
+    denoise = EpsDenoiser(predict, steps, told, schedule.config.prediction_type)
+
+    @torch.no_grad()
+    def repaint(latents: Tensor, chance: torch.Generator) -> Tensor:
+        at = torch.randint(settings["painted_until"], (), generator=chance, device=device)
+        sigma = float(schedule.sigmas[int(at)])
+        noise = torch.randn(latents.shape, generator=chance, device=device)
+        return cast(Tensor, denoise(latents.float() + sigma * noise, sigma))
+
+    return repaint
+
+
 def loss(
     module: Vae,
     pixels: Tensor,
     chance: torch.Generator,
     settings: dict[str, Any],
     former: Vae | None = None,
+    repaint: Repaint | None = None,
 ) -> dict[str, Tensor]:
     """Return the loss of a batch and its parts.
 
     With a `former` autoencoder the latents are drawn to its own, so that a painter of the former
-    ones paints the new ones after a short time.
+    ones paints the new ones after a short time. `repaint` changes the latents of the first rows.
     """
     mean, log_variance = module.encode(pixels)
     noise = torch.randn(mean.shape, generator=chance, device=mean.device)
-    decoded = module.decode(mean + (0.5 * log_variance).exp() * noise).float()
+    latents = mean + (0.5 * log_variance).exp() * noise
+    if repaint is not None:
+        count = round(settings["painted"] * len(mean))
+        latents = torch.cat([repaint(mean[:count], chance), latents[count:]])
+    decoded = module.decode(latents).float()
     difference, mean, log_variance = decoded - pixels, mean.float(), log_variance.float()
     squared, absolute = difference.square().mean(), difference.abs().mean()
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()

@@ -77,6 +77,7 @@ GENERATOR = {
         "rank": 2,
     },
 }
+PAINTED = {"painted": 0.5, "painted_until": 250}
 # The painter saves every four minutes, and is not watched for so long here.
 SAVING = """
 import sys
@@ -300,7 +301,7 @@ def _goes_on(runs: Runs, path: Path, folder: Path) -> None:
         "base": path.name,
         "output": str(after),
         "vae": {"refine_channels": 3},
-        "train_vae": {**start, "learns": "decoder", "steps": 20},
+        "train_vae": {**start, "learns": "decoder", "steps": 20, **PAINTED},
         "tokenizer": start,
         "train": {**start, "steps": 2},
         "few_steps": {"start": str(before / "shipped" / "turbo.safetensors"), "own": 0.5},
