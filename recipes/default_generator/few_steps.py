@@ -7,8 +7,10 @@ them in small steps with guidance; the pupil learns to arrive where the teacher 
 DDIM a piece (progressive distillation: Salimans and Ho 2022; of guidance: Meng et al. 2023). Only
 sentences are needed, no pictures. A pupil that exists already (`start`) can walk the first pieces
 of some walks itself (`own`, their share): it then learns what to do after its own errors (DAgger:
-Ross et al. 2011). Resumable; all chance follows from the seed and the step. The folder is one that
-`ship.py` wrote: its generator is the teacher, and gets the edition `turbo`.
+Ross et al. 2011). Some walks can end half way (`short`): what is drawn is decided in the first
+pieces, which take the most walks to learn. Resumable; all chance follows from the seed and the
+step. The folder is one that `ship.py` wrote: its generator is the teacher, and gets the edition
+`turbo`.
 """
 
 from __future__ import annotations
@@ -158,9 +160,11 @@ def batch(
     """Draw pieces of walks, equally many of each: both ends, token ids, and which piece it is."""
     size, pieces = settings["batch_size"], settings["pieces"]
     piece = torch.arange(pieces).repeat_interleave(size // pieces)
-    order, counts = walks["own"].argsort(stable=True), walks["own"].bincount(minlength=pieces)
-    known = counts.cumsum(0)[piece].numpy()  # the walks in which the teacher walked that piece
-    chosen = order[torch.from_numpy(np.random.default_rng(seed).integers(known))]
+    rng, rows = np.random.default_rng(seed), []
+    for each in range(pieces):  # among the walks in which the teacher walked that piece
+        (known,) = ((walks["own"] <= each) & (walks["until"] > each)).nonzero(as_tuple=True)
+        rows.append(known[torch.from_numpy(rng.integers(len(known), size=size // pieces))])
+    chosen = torch.cat(rows)
     start, end = (walks["latents"][chosen, piece + k].float() for k in (0, 1))
     return start, end, walks["ids"][chosen], piece
 
@@ -215,8 +219,8 @@ def walk_all(
 ) -> dict[str, Tensor]:
     """Return `latents` [N, pieces + 1, c, h, w] at the ends of all pieces, and token `ids` [N, T].
 
-    `own` [N] counts the pieces that the pupil walked. They are written part by part, and what is
-    there is not walked again.
+    `own` [N] counts the pieces that the pupil walked, `until` [N] those that were walked at all.
+    They are written part by part, and what is there is not walked again.
     """
     settings, folder = config["few_steps"], Path(config["output"]) / "walks"
     folder.mkdir(exist_ok=True)
@@ -232,15 +236,18 @@ def walk_all(
             ]
             ids = torch.tensor([tokenizer.encode(each) for each in sentences])
             empty = torch.tensor(tokenizer.encode(""))
-            own = 0
+            own, until = 0, settings["pieces"]
             if pupil is not None and rng.random() < settings["own"]:
                 own = int(rng.integers(1, settings["pieces"]))
-            latents = walk(networks, ids, empty, schedule, settings, rng, pupil, own)
-            kept = {"latents": latents, "ids": ids, "own": torch.full((len(ids),), own)}
-            save_file(kept, path.with_suffix(".partial"))
+            elif rng.random() < settings.get("short", 0.0):
+                until //= 2
+            latents = walk(networks, ids, empty, schedule, settings, rng, pupil, own, until)
+            counts = {"own": own, "until": until}
+            kept = {name: torch.full((len(ids),), count) for name, count in counts.items()}
+            save_file({"latents": latents, "ids": ids, **kept}, path.with_suffix(".partial"))
             path.with_suffix(".partial").replace(path)
         parts.append(load_file(path))
-    return {name: torch.cat([each[name] for each in parts]) for name in ("latents", "ids", "own")}
+    return {name: torch.cat([each[name] for each in parts]) for name in parts[0]}
 
 
 def sentence_of(
@@ -263,12 +270,14 @@ def walk(
     schedule: NoiseSchedule,
     settings: dict[str, Any],
     rng: np.random.Generator,
-    pupil: nn.Module | None = None,
-    own: int = 0,
+    pupil: nn.Module | None,
+    own: int,
+    until: int,
 ) -> Tensor:
     """Walk from noise to pictures with guidance; return latents [B, pieces + 1, c, h, w], halves.
 
-    The first `own` pieces are the `pupil`'s. Latents are of variance one, as the network sees them.
+    The first `own` pieces are the `pupil`'s, those after `until` are not walked. Latents are of
+    variance one, as the network sees them.
     """
     unet, device = networks["unet"], next(networks["unet"].parameters()).device
     words, _ = networks["text_encoder"](torch.cat([ids, empty.expand_as(ids)]).to(device))
@@ -297,13 +306,13 @@ def walk(
             speed = pupil(seen, told, words[: len(ids)]).float()
         kept.append(arrive(kept[-1], speed, float(ends[piece]), float(ends[piece + 1])))
     left = steps.skip(own * each)
-    kept += [
-        step.latents / math.hypot(left.sigmas[step.index + 1], 1)
-        for step in sample(
-            left, denoise, kept[-1] * math.hypot(left.sigmas[0], 1), NoiseSource([0])
-        )
-        if (step.index + 1) % each == 0
-    ]
+    scaled = kept[-1] * math.hypot(left.sigmas[0], 1)
+    for step in sample(left, denoise, scaled, NoiseSource([0])):
+        if (step.index + 1) % each == 0:
+            kept.append(step.latents / math.hypot(left.sigmas[step.index + 1], 1))
+        if len(kept) > until:
+            break
+    kept += [torch.zeros_like(start)] * (settings["pieces"] - until)
     return torch.stack(kept, 1).half().cpu()
 
 
