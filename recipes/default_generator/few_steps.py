@@ -5,12 +5,8 @@
 The way from noise to picture is cut into as many pieces as steps are wanted. The teacher walks
 them in small steps with guidance; the pupil learns to arrive where the teacher did, in one step of
 DDIM a piece (progressive distillation: Salimans and Ho 2022; of guidance: Meng et al. 2023). Only
-sentences are needed, no pictures. A pupil that exists already (`start`) can walk the first pieces
-of some walks itself (`own`, their share): it then learns what to do after its own errors (DAgger:
-Ross et al. 2011). Some walks can end half way (`short`): what is drawn is decided in the first
-pieces, which take the most walks to learn. Resumable; all chance follows from the seed and the
-step. The folder is one that `ship.py` wrote: its generator is the teacher, and gets the edition
-`turbo`.
+sentences are needed, no pictures. Resumable; all chance follows from the seed and the step. The
+folder is one that `ship.py` wrote: its generator is the teacher, and gets the edition `turbo`.
 """
 
 from __future__ import annotations
@@ -91,11 +87,7 @@ def main(config: dict[str, Any], folder: Path) -> None:
     networks = load_generator(model, device=device, dtype="float32")
     unet = networks["unet"].to(memory_format=torch.channels_last).requires_grad_(False)
     schedule = NoiseSchedule(ScheduleConfig(**model.schedule))
-    pupil = None
-    if settings.get("own"):
-        pupil = load_generator(model, device=device, dtype="float32", only={"unet"})["unet"]
-        begin(Updates(pupil, settings["layers"], settings["rank"], 0).to(device), settings)
-    walks = walk_all(config, networks, model.tokenizers["tokenizer"].open(), schedule, pupil)
+    walks = walk_all(config, networks, model.tokenizers["tokenizer"].open(), schedule)
 
     updates = Updates(unet, settings["layers"], settings["rank"], config["seed"]).to(device)
     average = Average(updates, settings["ema_decay"])
@@ -107,7 +99,10 @@ def main(config: dict[str, Any], folder: Path) -> None:
     elif begin(updates, settings):
         average = Average(updates, settings["ema_decay"])
     pace = Pace(settings["steps"], settings.get("seconds"), spent)
-    sigmas, timesteps = (part.to(device) for part in ends_of(schedule, settings["pieces"]))
+    levels = schedule.steps("ddim", settings["pieces"])
+    # DDIM leaves a trace of noise in the picture; the teacher does not.
+    sigmas = torch.tensor([*levels.sigmas[:-1], 0.0], device=device)
+    timesteps = torch.tensor(levels.timesteps, device=device).float()
     weights = weights_of(sigmas)
     step, saved, told = first, time.time(), []
     while step < (total := pace.total(step)):
@@ -159,21 +154,10 @@ def batch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw pieces of walks, equally many of each: both ends, token ids, and which piece it is."""
     size, pieces = settings["batch_size"], settings["pieces"]
-    piece = torch.arange(pieces).repeat_interleave(size // pieces)
-    rng, rows = np.random.default_rng(seed), []
-    for each in range(pieces):  # among the walks in which the teacher walked that piece
-        (known,) = ((walks["own"] <= each) & (walks["until"] > each)).nonzero(as_tuple=True)
-        rows.append(known[torch.from_numpy(rng.integers(len(known), size=size // pieces))])
-    chosen = torch.cat(rows)
+    rows = np.random.default_rng(seed).integers(len(walks["ids"]), size=size)
+    chosen, piece = torch.from_numpy(rows), torch.arange(pieces).repeat_interleave(size // pieces)
     start, end = (walks["latents"][chosen, piece + k].float() for k in (0, 1))
     return start, end, walks["ids"][chosen], piece
-
-
-def ends_of(schedule: NoiseSchedule, pieces: int) -> tuple[Tensor, Tensor]:
-    """Return the sigmas of the ends of all pieces, and the timestep at which each begins."""
-    levels = schedule.steps("ddim", pieces)
-    # DDIM leaves a trace of noise in the picture; the teacher does not.
-    return torch.tensor([*levels.sigmas[:-1], 0.0]), torch.tensor(levels.timesteps).float()
 
 
 def velocity(start: Tensor, end: Tensor, sigmas: Tensor, piece: Tensor) -> Tensor:
@@ -186,13 +170,6 @@ def velocity(start: Tensor, end: Tensor, sigmas: Tensor, piece: Tensor) -> Tenso
     ratio = target / sigma
     clean = (end / left - start / signal * ratio) / (1 - ratio)
     return (signal * start - clean) / (sigma * signal)
-
-
-def arrive(start: Tensor, speed: Tensor, sigma: float, target: float) -> Tensor:
-    """Return where a step of DDIM with the v `speed` arrives: `velocity` the other way round."""
-    signal = 1 / math.hypot(sigma, 1)
-    clean = signal * start - sigma * signal * speed
-    return (clean + (start / signal - clean) * (target / sigma)) / math.hypot(target, 1)
 
 
 def weights_of(sigmas: Tensor) -> Tensor:
@@ -215,11 +192,9 @@ def walk_all(
     networks: dict[str, nn.Module],
     tokenizer: ClipTokenizer,
     schedule: NoiseSchedule,
-    pupil: nn.Module | None,
 ) -> dict[str, Tensor]:
     """Return `latents` [N, pieces + 1, c, h, w] at the ends of all pieces, and token `ids` [N, T].
 
-    `own` [N] counts the pieces that the pupil walked, `until` [N] those that were walked at all.
     They are written part by part, and what is there is not walked again.
     """
     settings, folder = config["few_steps"], Path(config["output"]) / "walks"
@@ -236,18 +211,11 @@ def walk_all(
             ]
             ids = torch.tensor([tokenizer.encode(each) for each in sentences])
             empty = torch.tensor(tokenizer.encode(""))
-            own, until = 0, settings["pieces"]
-            if pupil is not None and rng.random() < settings["own"]:
-                own = int(rng.integers(1, settings["pieces"]))
-            elif rng.random() < settings.get("short", 0.0):
-                until //= 2
-            latents = walk(networks, ids, empty, schedule, settings, rng, pupil, own, until)
-            counts = {"own": own, "until": until}
-            kept = {name: torch.full((len(ids),), count) for name, count in counts.items()}
-            save_file({"latents": latents, "ids": ids, **kept}, path.with_suffix(".partial"))
+            latents = walk(networks, ids, empty, schedule, settings, rng)
+            save_file({"latents": latents, "ids": ids}, path.with_suffix(".partial"))
             path.with_suffix(".partial").replace(path)
         parts.append(load_file(path))
-    return {name: torch.cat([each[name] for each in parts]) for name in parts[0]}
+    return {name: torch.cat([each[name] for each in parts]) for name in ("latents", "ids")}
 
 
 def sentence_of(
@@ -270,14 +238,10 @@ def walk(
     schedule: NoiseSchedule,
     settings: dict[str, Any],
     rng: np.random.Generator,
-    pupil: nn.Module | None,
-    own: int,
-    until: int,
 ) -> Tensor:
     """Walk from noise to pictures with guidance; return latents [B, pieces + 1, c, h, w], halves.
 
-    The first `own` pieces are the `pupil`'s, those after `until` are not walked. Latents are of
-    variance one, as the network sees them.
+    Latents are of variance one, as the network sees them.
     """
     unet, device = networks["unet"], next(networks["unet"].parameters()).device
     words, _ = networks["text_encoder"](torch.cat([ids, empty.expand_as(ids)]).to(device))
@@ -297,22 +261,11 @@ def walk(
     noise = torch.from_numpy(rng.standard_normal((len(ids), *size), np.float32))
     start = noise.to(device)
     kept = [start]
-    ends, timesteps = ends_of(schedule, settings["pieces"])
-    for piece in range(own):
-        assert pupil is not None
-        seen = kept[-1].contiguous(memory_format=torch.channels_last)
-        told = torch.full((len(seen),), float(timesteps[piece]), device=device)
-        with torch.autocast(device.type, torch.bfloat16):
-            speed = pupil(seen, told, words[: len(ids)]).float()
-        kept.append(arrive(kept[-1], speed, float(ends[piece]), float(ends[piece + 1])))
-    left = steps.skip(own * each)
-    scaled = kept[-1] * math.hypot(left.sigmas[0], 1)
-    for step in sample(left, denoise, scaled, NoiseSource([0])):
-        if (step.index + 1) % each == 0:
-            kept.append(step.latents / math.hypot(left.sigmas[step.index + 1], 1))
-        if len(kept) > until:
-            break
-    kept += [torch.zeros_like(start)] * (settings["pieces"] - until)
+    kept += [
+        step.latents / math.hypot(steps.sigmas[step.index + 1], 1)
+        for step in sample(steps, denoise, start * steps.initial_scale, NoiseSource([0]))
+        if (step.index + 1) % each == 0
+    ]
     return torch.stack(kept, 1).half().cpu()
 
 
