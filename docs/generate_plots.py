@@ -23,7 +23,7 @@ def main() -> None:
         ("default-captioner", captioner(logs("default_captioner"))),
         (
             "default-generator",
-            generator(logs("default_generator"), logs("default_generator", "cpu")["few"]),
+            generator(logs("default_generator"), logs("default_generator", "cpu")),
         ),
     ):
         figure = Figure(figsize=(3.2 * len(panels), 2.6), layout="constrained")
@@ -73,9 +73,10 @@ def captioner(stages: dict[str, Rows]) -> list[Any]:
     ]
 
 
-def generator(stages: dict[str, Rows], few: Rows) -> list[Any]:
-    """Return the errors of autoencoder, painter (in four bands of noise) and four steps."""
+def generator(stages: dict[str, Rows], later: dict[str, Rows]) -> list[Any]:
+    """Return the errors of autoencoder, decoder, painter (in four bands of noise), four steps."""
     vae, train = stages["vae"], stages["train"]
+    decoders = {"with a last look": "finish_vae", "from painted latents": "decoder"}
     bands = [
         (
             f"t {250 * i} to {250 * (i + 1)}",
@@ -86,9 +87,14 @@ def generator(stages: dict[str, Rows], few: Rows) -> list[Any]:
     ]
     return [
         ("autoencoder", "step", [line(vae, "step", "squared", "squared error")]),
+        (
+            "decoder",
+            "step",
+            [line(later[name], "step", "squared", label) for label, name in decoders.items()],
+        ),
         ("painter", "step", bands),
         ("painter, all", "step", [line(train, "step", "loss", "loss")]),
-        ("four steps", "step", [line(few, "step", "loss", "error of v")]),
+        ("four steps", "step", [line(later["few"], "step", "loss", "error of v")]),
     ]
 
 

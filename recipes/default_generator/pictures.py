@@ -59,14 +59,27 @@ def captions(data: Path) -> dict[str, list[list[str]]]:
     }
 
 
+def ambiguous(data: Path) -> set[str]:
+    """Return the captions of training emoji that are sentences of scenes as well."""
+    rows = _told(data, "emoji", "train")
+    return {said for _, captions in rows for said in captions if parse_sentence(said)}
+
+
 def _rows(data: Path, domain: str, split: str) -> list[tuple[Path, list[str]]]:
+    return [
+        (path, [said for said in captions if not parse_sentence(said)])
+        for path, captions in _told(data, domain, split)
+    ]
+
+
+def _told(data: Path, domain: str, split: str) -> list[tuple[Path, list[str]]]:
     found = []
     for folder in (data / name for name in FOLDERS[domain]):
         without = left_out(folder.name)
         with (folder / "captions.jsonl").open(encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
         found += [
-            (folder / row["file"], [said for said in row["captions"] if not parse_sentence(said)])
+            (folder / row["file"], row["captions"])
             for row in rows
             if row["split"] == split and row["file"] not in without
         ]

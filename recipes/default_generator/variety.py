@@ -26,7 +26,7 @@ from PIL import Image
 import configs
 from diptych import ImageGenerator
 from diptych.evaluation.scenes import Scene, evaluation_prompts, parse_sentence, sample_scene
-from pictures import SIDE, Captioned, photographs, scene_parts
+from pictures import SIDE, Captioned, ambiguous, photographs, scene_parts
 from render import render
 
 Floats = NDArray[np.float32]
@@ -46,6 +46,8 @@ class Originals:
     """Know the pictures that a generator was trained on, and others like them."""
 
     def __init__(self, data: Path, config: dict[str, Any], scenes: int, seed: int) -> None:
+        # "a red circle" is an emoji, too: what ships was taught so, and draws one.
+        self._taken = ambiguous(data)
         self._config, self._scenes = config, min(scenes, config["train"]["scenes"])
         self._rng = np.random.default_rng(seed)
         self.train, self.val = (
@@ -55,12 +57,10 @@ class Originals:
 
     def prompts(self, count: int) -> dict[str, list[str]]:
         """Choose `count` prompts of each kind."""
-        # "a red circle" is an emoji, too, and comes out as one.
-        taken = {text for texts in self.train["emoji"].captions for text in texts}
         scenes = [each.prompt for each in evaluation_prompts(2 * count)]
         flowers = sorted({text for texts in self.train["flowers"].captions for text in texts})
         return {
-            "scenes": [prompt for prompt in scenes if prompt not in taken][:count],
+            "scenes": [prompt for prompt in scenes if prompt not in self._taken][:count],
             "emoji": self._some(self.train["emoji"], count),
             "unseen emoji": self._some(self.val["emoji"], count),
             "flowers": [str(text) for text in self._rng.permutation(flowers)[:count]],
