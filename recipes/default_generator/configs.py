@@ -7,6 +7,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ablations import merge
+
 
 def asked() -> dict[str, Any]:
     """Return the config that the first argument of the command names, else `config.toml`."""
@@ -19,6 +23,5 @@ def read(path: Path) -> dict[str, Any]:
     if (base := config.pop("base", None)) is None:
         return config
     whole = read(path.with_name(base))
-    for name, value in config.items():
-        whole[name] = {**whole.get(name, {}), **value} if isinstance(value, dict) else value
+    merge(whole, config)
     return whole
