@@ -43,6 +43,7 @@ from diptych.training.state import (
 )
 from diptych.weights.diffusion import resolve_generator
 from diptych.weights.load_generator import load_generator
+from growth import grow
 from pictures import Captioned, photographs, scene_parts
 from tokenizer import load as load_tokenizer
 from train_vae import to_pixels, trained
@@ -161,12 +162,12 @@ def text_config(config: dict[str, Any], vocab_size: int, eos_token_id: int) -> C
 def unet_config(config: dict[str, Any]) -> UNetConfig:
     words = {name: tuple(v) if isinstance(v, list) else v for name, v in config["unet"].items()}
     latent_channels, levels = config["vae"]["latent_channels"], len(words["block_out_channels"])
+    words.setdefault("transformer_layers_per_block", (1,) * levels)
     return UNetConfig(
         sample_size=16,
         in_channels=latent_channels,
         out_channels=latent_channels,
         cross_attention_dim=config["text_encoder"]["hidden_size"],
-        transformer_layers_per_block=(1,) * levels,
         **words,
     )
 
@@ -196,8 +197,8 @@ def begin(module: Painter, config: dict[str, Any]) -> bool:
     start = config["train"].get("start")
     if start:
         former = load_generator(resolve_generator(start), dtype="float32")
-        for name in ("text_encoder", "unet"):
-            module.get_submodule(name).load_state_dict(former[name].state_dict())
+        module.text_encoder.load_state_dict(former["text_encoder"].state_dict())
+        grow(module.unet, former["unet"].state_dict())
     elif (words := Path(config["output"]) / "words.safetensors").exists():
         module.text_encoder.load_state_dict(read_average(words))
     else:

@@ -15,7 +15,7 @@ from typing import Any
 
 from diptych import __version__
 from diptych.errors import BadInput
-from diptych.runtimes.graph import data_path
+from diptych.runtimes.graph import data_path, weights_file
 
 __all__ = [
     "NETWORKS",
@@ -57,10 +57,7 @@ def write_artifact(
     networks: Sequence[str] = NETWORKS,
 ) -> None:
     """Write `artifact.json` for the networks that are in `folder`; `document` is the rest."""
-    files = {}
-    for network in networks:
-        weights_of = network_path(folder, SHARED_WEIGHTS.get(network, network))
-        files[network] = network_entry(network_path(folder, network), weights_of)
+    files = {network: network_entry(network_path(folder, network)) for network in networks}
     write_json(
         folder / "artifact.json",
         {
@@ -128,12 +125,16 @@ def staged(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def network_entry(path: Path, weights_of: Path) -> dict[str, Any]:
-    """Return what `artifact.json` says of the network at `path`, whose weights may be another's."""
-    return {**file_entry(path), "data": file_entry(data_path(weights_of))}
+def network_entry(path: Path, folder: Path | None = None) -> dict[str, Any]:
+    """Return what `artifact.json` says of the network at `path`, and of its weights in `folder`."""
+    folder = folder or path.parent
+    weights = folder / weights_file(path)
+    data = {"data": file_entry(weights, folder)} if weights.exists() else {}
+    return {**file_entry(path), **data}
 
 
-def file_entry(path: Path) -> dict[str, str]:
-    """Return the name of a file, and what it is to be held against."""
+def file_entry(path: Path, folder: Path | None = None) -> dict[str, str]:
+    """Return the name of a file, from `folder` on, and what it is to be held against."""
+    name = path.relative_to(folder or path.parent).as_posix()
     with path.open("rb") as file:
-        return {"file": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {"file": name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -32,7 +32,7 @@ from diptych.runtimes.artifact import (
     write_json,
 )
 from diptych.runtimes.generator_graphs import text_encoder_graph, unet_graph, unet_shallow_graph
-from diptych.runtimes.graph import Graph, Weights
+from diptych.runtimes.graph import Graph, Weights, weights_file
 from diptych.runtimes.network import OpenNetworks
 from diptych.runtimes.on_onnxruntime import open_generator_files
 from diptych.runtimes.on_torch_generator import generator_networks
@@ -55,6 +55,7 @@ from diptych.runtimes.storage import check_precision, shrink
 from diptych.runtimes.updates import updated
 from diptych.runtimes.vae_graphs import vae_decoder_graph, vae_encoder_graph
 from diptych.weights.diffusion import GeneratorFolder, copy_tokenizer
+from diptych.weights.save_generator import save_generator
 
 __all__ = ["add_edition", "export_generator", "write_networks"]
 
@@ -78,15 +79,17 @@ def export_generator(
     sketch: Sketch | None = None,
     calibration: Words | None = None,
     force: bool = False,
+    checkpoint: bool = False,
 ) -> dict[str, Any]:
     """Write `modules` as an artifact to `folder`; return the content of its `export.json`.
 
     `model` says how words and noise are treated. `precision` is how weights are stored: "fp32",
     "fp16", "int8" or "int4"; all compute in float32. With the words of prompts as `calibration`
     the UNet of an int8 export multiplies in 8 bits, by the ranges seen while those are drawn.
-    Pictures of both are compared as `sketch` says, or over seeded ones. Raises `BadInput` for what
-    cannot be exported or written, and `QualityLoss` where a picture is too far from torch's, unless
-    `force`.
+    Pictures of both are compared as `sketch` says, or over seeded ones. With `checkpoint` the
+    folder holds the modules as a checkpoint of halves too, whose weights an fp16 export shares.
+    Raises `BadInput` for what cannot be exported or written, and `QualityLoss` where a picture is
+    too far from torch's, unless `force`.
     """
     check_precision(precision)
     with _for_export(modules) as plain:
@@ -98,6 +101,8 @@ def export_generator(
                 unet = unet_graph(configs["unet"], _weights(plain["unet"]))
                 drawing = generator_networks(plain)
                 ranges = find_ranges(unet, drawing, configs, model.schedule, calibration, staging)
+            if checkpoint:
+                save_generator(plain, model, staging, dtype="float16")
             files = write_networks(plain, staging, precision=precision, ranges=ranges)
             for name, tokenizer in model.tokenizers.items():
                 copy_tokenizer(tokenizer, staging / name)
@@ -134,7 +139,8 @@ def write_networks(
 ) -> dict[str, Path]:
     """Write every network of `modules` to `folder`; return their files.
 
-    With `ranges` the UNet's products are computed in 8 bits.
+    With `ranges` the UNet's products are computed in 8 bits. Where the folder holds a checkpoint of
+    the modules, networks in half precision share its weights.
     """
     writers: list[tuple[str, Callable[..., Graph]]] = [
         ("unet", unet_graph),
@@ -147,10 +153,10 @@ def write_networks(
         if name in modules:
             weights = _weights(modules[name])
             graph = text_encoder_graph(_config(modules[name]), weights, name)
-            files[name] = _write(graph, folder, precision)
+            files[name] = _write(graph, folder, precision, name)
     for name, write in writers:
         graph = write(_config(modules[name]), _weights(modules[name]))
-        files[graph.name] = _write(graph, folder, precision, ranges)
+        files[graph.name] = _write(graph, folder, precision, name, ranges)
     return files
 
 
@@ -173,11 +179,13 @@ def add_edition(
     name, weights_of = f"unet_{kind}", network_path(folder, "unet")
     with _for_export({"unet": unet}) as plain, staged(folder) as staging:
         whole = unet_graph(_config(plain["unet"]), _weights(plain["unet"]))
-        graph = updated(shrink(whole, document["precision"]), name, updates)
-        graph.write(network_path(staging, name), weights_of)
+        shared = folder / weights_file(weights_of)
+        checkpoint = shared if shared.suffix == ".safetensors" else None
+        small = shrink(whole, document["precision"], checkpoint)
+        updated(small, name, updates).write(network_path(staging, name), weights_of)
         kept = Path(shutil.copyfile(lora, staging / f"{kind}.safetensors"))
         edition = {
-            "networks": {"unet": network_entry(network_path(staging, name), weights_of)},
+            "networks": {"unet": network_entry(network_path(staging, name), folder)},
             "lora": file_entry(kept),
             "defaults": dict(defaults),
         }
@@ -185,17 +193,25 @@ def add_edition(
         write_json(staging / "artifact.json", {**document, "editions": editions})
 
 
-def _write(graph: Graph, folder: Path, precision: str, ranges: Ranges | None = None) -> Path:
+def _write(
+    graph: Graph, folder: Path, precision: str, part: str, ranges: Ranges | None = None
+) -> Path:
     path = network_path(folder, graph.name)
     rounded = precision in ("int8", "int4")
     stored = "fp16" if rounded and graph.name not in _ROUNDED else precision
+    checkpoint = _checkpoint(folder, part) if stored == "fp16" else None
     shared = SHARED_WEIGHTS.get(graph.name)
     weights_of = None if shared is None else network_path(folder, shared)
     if ranges is not None and graph.name in ROUNDED:
         write_rounded(graph, path, ranges, weights_of)
         return path
-    shrink(graph, stored).write(path, weights_of)
+    shrink(graph, stored, checkpoint).write(path, weights_of, checkpoint)
     return path
+
+
+def _checkpoint(folder: Path, part: str) -> Path | None:
+    """Return the file with the weights of a module in `folder`, if there is one."""
+    return next((folder / part).glob("*.safetensors"), None)
 
 
 @contextmanager

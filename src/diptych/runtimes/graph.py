@@ -28,6 +28,7 @@ __all__ = [
     "data_path",
     "read_network",
     "share_weights",
+    "weights_file",
     "write_network",
 ]
 
@@ -78,7 +79,7 @@ class Graph:
         return name
 
     def weight(self, name: str, array: Any) -> str:
-        self.weights[name] = np.asarray(array)
+        self.weights[name] = np.asanyarray(array)  # one that is mapped stays so
         return name
 
     def ints(self, *values: int) -> str:
@@ -124,11 +125,13 @@ class Graph:
         ]
         return helper.make_graph(nodes, self.name, infos(self.inputs), infos(self.outputs))
 
-    def write(self, path: Path, weights_of: Path | None = None) -> None:
+    def write(
+        self, path: Path, weights_of: Path | None = None, checkpoint: Path | None = None
+    ) -> None:
         """Write the network to `path`, and its weights beside it.
 
-        With `weights_of` it takes those that another network's file has under their names, and
-        keeps the others in its own.
+        With `weights_of` it takes those that another network's file has under their names, with
+        `checkpoint` those mapped from there, and keeps the others in its own.
         """
         from onnx import helper
 
@@ -137,7 +140,7 @@ class Graph:
             self.proto(), opset_imports=opsets, ir_version=_IR_VERSION, producer_name="diptych"
         )
         if weights_of is None:
-            write_network(model, self.weights, path)
+            write_network(model, self.weights, path, checkpoint)
         else:
             share_weights(model, self.weights, weights_of)
             path.write_bytes(model.SerializeToString())
@@ -148,15 +151,38 @@ def data_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.data")
 
 
-def write_network(model: onnx.ModelProto, weights: Weights, path: Path) -> None:
+def weights_file(path: Path) -> str:
+    """Return the file that the network at `path` takes its weights from, from its folder on."""
+    import onnx
+
+    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                return str(entry.value)
+    return data_path(path).name
+
+
+def write_network(
+    model: onnx.ModelProto, weights: Weights, path: Path, checkpoint: Path | None = None
+) -> None:
     """Write `model` to `path` and `weights` beside it, an array at a time.
 
     Names of one array share its bytes in the file. So each user maps them by itself: ONNX Runtime
     keeps a packed copy for the matrix product and of the words' embeddings only the rows it reads.
+    Arrays that are mapped from `checkpoint` stay there, and the others go into the graph then.
     """
-    from onnx import TensorProto, numpy_helper
+    from onnx import numpy_helper
 
     del model.graph.initializer[:]
+    if checkpoint is not None:
+        for name, array in weights.items():
+            if isinstance(array, np.memmap) and str(array.filename) == str(checkpoint.resolve()):
+                location = checkpoint.relative_to(path.parent).as_posix()
+                _refer(model, name, array, location, (array.offset, array.nbytes))
+            else:
+                model.graph.initializer.append(numpy_helper.from_array(array, name))
+        path.write_bytes(model.SerializeToString())
+        return
     places: dict[int, tuple[int, int]] = {}
     with data_path(path).open("wb") as file:
         for name, array in weights.items():
@@ -167,20 +193,29 @@ def write_network(model: onnx.ModelProto, weights: Weights, path: Path) -> None:
                 file.write(b"\0" * (-file.tell() % (_PAGE if array.nbytes >= _LARGE else 64)))
                 places[id(array)] = (file.tell(), array.nbytes)
                 file.write(np.ascontiguousarray(array).data)
-            tensor = model.graph.initializer.add()
-            tensor.name = name
-            tensor.dims.extend(array.shape)
-            tensor.data_type = numpy_helper.from_array(np.empty(0, array.dtype)).data_type
-            tensor.data_location = TensorProto.EXTERNAL
-            offset, length = places[id(array)]
-            for key, value in (
-                ("location", data_path(path).name),
-                ("offset", str(offset)),
-                ("length", str(length)),
-            ):
-                entry = tensor.external_data.add()
-                entry.key, entry.value = key, value
+            _refer(model, name, array, data_path(path).name, places[id(array)])
     path.write_bytes(model.SerializeToString())
+
+
+def _refer(
+    model: onnx.ModelProto,
+    name: str,
+    array: NDArray[Any],
+    location: str,
+    place: tuple[int, int],
+) -> None:
+    """Let `model` have `array`, whose bytes lie in the file `location` from, and for, `place`."""
+    from onnx import TensorProto, helper
+
+    tensor = model.graph.initializer.add()
+    tensor.name = name
+    tensor.dims.extend(array.shape)
+    tensor.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
+    tensor.data_location = TensorProto.EXTERNAL
+    words = {"location": location, "offset": str(place[0]), "length": str(place[1])}
+    for key, value in words.items():
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, value
 
 
 def share_weights(model: onnx.ModelProto, weights: Weights, path: Path) -> None:

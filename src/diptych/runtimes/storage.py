@@ -8,6 +8,7 @@ blocks of about 64 numbers with a scale each.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,22 +39,52 @@ def check_precision(precision: str) -> None:
         raise BadInput(f"the precision is {precision!r}: give {choices}")
 
 
-def shrink(graph: Graph, precision: str) -> Graph:
-    """Return `graph` with its weights stored as `precision`; the given one stays as it is."""
+def shrink(graph: Graph, precision: str, checkpoint: Path | None = None) -> Graph:
+    """Return `graph` with its weights stored as `precision`; the given one stays as it is.
+
+    With a safetensors file of halves as `checkpoint`, "fp16" maps from it what it holds.
+    """
     check_precision(precision)
     if precision == "fp32":
         return graph
     small = Graph(graph.name, inputs=graph.inputs, outputs=graph.outputs)
     products = {node.inputs[1] for node in graph.nodes if node.op == "MatMul"}
+    find = Halves(checkpoint) if checkpoint is not None and precision == "fp16" else None
     for name, array in graph.weights.items():
         if array.dtype != np.float32 or array.ndim < 2 or array.size < _FEW:
             small.weight(name, array)
         elif precision in _STORED and array.size > _FEW_FOR_INT8:
             _STORED[precision](small, name, array, transposed=name in products)
-        else:
+        elif find is None or not _take_halves(small, name, array, find):
             _store_halves(small, name, array)
     small.nodes.extend(graph.nodes)
     return small
+
+
+class Halves:
+    """Find arrays of halves among the bytes of a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._content = path, path.read_bytes()
+
+    def __call__(self, array: Floats) -> NDArray[np.float16] | None:
+        """Return `array` as the file has it, mapped; None where it has not."""
+        with np.errstate(over="ignore"):
+            half = np.ascontiguousarray(array, np.float16)
+        place = self._content.find(half.tobytes())
+        return None if place < 0 else np.memmap(self._path, np.float16, "r", place, half.shape)
+
+
+def _take_halves(graph: Graph, name: str, array: Floats, find: Halves) -> bool:
+    """Write `array` as what a checkpoint has, which keeps matrices the other way round."""
+    if (found := find(array)) is not None:
+        graph.weight(f"{name}.half", found)
+        _add(graph, "Cast", [f"{name}.half"], name, to=_FLOAT)
+    elif array.ndim == 2 and (found := find(array.T)) is not None:
+        graph.weight(f"{name}.half", found)
+        _add(graph, "Cast", [f"{name}.half"], f"{name}.rows", to=_FLOAT)
+        _add(graph, "Transpose", [f"{name}.rows"], name, perm=[1, 0])
+    return found is not None
 
 
 def _store_halves(graph: Graph, name: str, array: Floats) -> None:

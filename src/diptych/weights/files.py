@@ -251,7 +251,10 @@ def stated_file(folder: Path, network: str, entry: Any) -> Path:
     digest = entry.get("sha256") if isinstance(entry, dict) else None
     if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
         raise UnsupportedModel(f"artifact.json states no sha256 of the {network}")
-    path = _beside(folder, file, "artifact.json")
+    part, slash, name = file.rpartition("/") if isinstance(file, str) else ("", "", file)
+    # In the folder of a part lie weights that a network shares with the checkpoint.
+    place = _beside(folder, part, "artifact.json") if slash else folder
+    path = _beside(place, name, "artifact.json")
     if not path.is_file():
         raise WeightsMismatch(f"{path.name} is missing: {FETCH_ANEW}.")
     if not _is_inside(path, folder):
@@ -378,7 +381,7 @@ def _beside(folder: Path, name: Any, where: str) -> Path:
 
 def _is_inside(path: Path, folder: Path) -> bool:
     real, home = path.resolve(), folder.resolve()
-    if real.parent == home:
+    if real.parent in (home, home / path.parent.relative_to(folder)):
         return True
     # The hub's cache keeps the bytes in blobs/, and in snapshots/<commit>/ links to them.
     return home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
