@@ -74,7 +74,7 @@ default-generator: $(DEV)/.installed ## repeat the default generator's recipe, i
 	$(DEV)/bin/python $$recipe/words.py $$config && \
 	$$torchrun $$recipe/train.py $$config && \
 	$(DEV)/bin/python $$recipe/ship.py $$config "$$($(OUTPUT) $$config)/shipped" && \
-	$(DEV)/bin/python $$recipe/few_steps.py $$config "$$($(OUTPUT) $$config)/shipped"
+	$$torchrun $$recipe/few_steps.py $$config "$$($(OUTPUT) $$config)/shipped"
 
 docs: $(DOCS)/.installed ## make the pictures of the guides, build the documentation into site/
 	@$(DOCS)/bin/python docs/generate_pictures.py

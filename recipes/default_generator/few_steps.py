@@ -1,6 +1,7 @@
 """Stage 6: teach a LoRA to take several steps of the sampler in one, without guidance.
 
     python recipes/default_generator/few_steps.py [config.toml] [folder]
+    torchrun --nproc-per-node 2 recipes/default_generator/few_steps.py     # one process a core
 
 The way from noise to picture is cut into as many pieces as steps are wanted. The teacher walks
 them in small steps with guidance; the pupil learns to arrive where the teacher did, in one step of
@@ -32,6 +33,7 @@ from diptych.text_to_image.noise import NoiseSource
 from diptych.text_to_image.samplers import sample
 from diptych.text_to_image.schedules import NoiseSchedule, ScheduleConfig
 from diptych.training.lora import choose_layers, new_update
+from diptych.training.parallel import Workers
 from diptych.training.state import (
     Average,
     Log,
@@ -44,6 +46,7 @@ from diptych.training.state import (
 from diptych.weights.diffusion import describe_generator
 from diptych.weights.load_generator import load_generator
 from diptych.weights.save_adapters import save_lora
+from growth import former_names
 from pictures import captions
 from ship import EMBEDDED
 
@@ -87,7 +90,8 @@ def main(config: dict[str, Any], folder: Path) -> None:
     networks = load_generator(model, device=device, dtype="float32")
     unet = networks["unet"].to(memory_format=torch.channels_last).requires_grad_(False)
     schedule = NoiseSchedule(ScheduleConfig(**model.schedule))
-    walks = walk_all(config, networks, model.tokenizers["tokenizer"].open(), schedule)
+    workers = Workers()
+    walks = walk_all(config, networks, model.tokenizers["tokenizer"].open(), schedule, workers)
 
     updates = Updates(unet, settings["layers"], settings["rank"], config["seed"]).to(device)
     average = Average(updates, settings["ema_decay"])
@@ -104,12 +108,13 @@ def main(config: dict[str, Any], folder: Path) -> None:
     sigmas = torch.tensor([*levels.sigmas[:-1], 0.0], device=device)
     timesteps = torch.tensor(levels.timesteps, device=device).float()
     weights = weights_of(sigmas)
+    rows = slice(workers.rank, None, workers.count)  # of all pieces, which lie one after another
     step, saved, told = first, time.time(), []
     while step < (total := pace.total(step)):
         for group in optimizer.param_groups:
             group["lr"] = settings["learning_rate"] * learning_rate(step, total, 50)
         start, end, ids, piece = (
-            part.to(device) for part in batch(walks, settings, (config["seed"], 7, step))
+            part[rows].to(device) for part in batch(walks, settings, (config["seed"], 7, step))
         )
         with torch.no_grad():
             words, _ = networks["text_encoder"](ids)
@@ -120,32 +125,42 @@ def main(config: dict[str, Any], folder: Path) -> None:
         loss = (found.float() - wanted).square().mean((1, 2, 3))
         optimizer.zero_grad(set_to_none=True)
         (loss * weights[piece]).mean().backward()
+        workers.average(updates.parameters())
         torch.nn.utils.clip_grad_norm_(updates.parameters(), 1.0)
         optimizer.step()
         average.update(updates)
         told.append(loss.detach().view(settings["pieces"], -1).mean(1))
         step += 1
-        if step % LOG_EVERY == 0:
+        if workers.leads and step % LOG_EVERY == 0:
             pieces = [round(mean, 5) for mean in torch.stack(told).mean(0).tolist()]
             log.write(step=step, loss=round(sum(pieces) / len(pieces), 5), pieces=pieces)
             told = []
-        if time.time() - saved > SAVE_EVERY_S:
+        if workers.leads and time.time() - saved > SAVE_EVERY_S:
             save_state(state, updates, average, optimizer, {"step": step, "spent": pace.spent})
             saved = time.time()
-    save_state(state, updates, average, optimizer, {"step": step, "spent": pace.spent})
-    write(updates, read_average(state), output / "turbo.safetensors")
-    plain = load_generator(model, dtype="float32")["unet"]
-    add_edition(plain, folder, "turbo", output / "turbo.safetensors", settings["defaults"])
+    if workers.leads:
+        save_state(state, updates, average, optimizer, {"step": step, "spent": pace.spent})
+        write(updates, read_average(state), output / "turbo.safetensors")
+        plain = load_generator(model, dtype="float32")["unet"]
+        add_edition(plain, folder, "turbo", output / "turbo.safetensors", settings["defaults"])
+    workers.close()
 
 
 def begin(updates: Updates, settings: dict[str, Any]) -> bool:
-    """Load the LoRA file that `start` names; tell whether it names one."""
+    """Load the LoRA file that `start` names; tell whether it names one.
+
+    It may be that of a shallower UNet: layers that this one did not have begin without an update.
+    """
     start = settings.get("start")
     if start:
-        former = load_file(start)
+        former = {name.removeprefix("unet."): each for name, each in load_file(start).items()}
+        own = [f"{path}.lora_{half}.weight" for path in updates.paths for half in "AB"]
+        names = former_names(own, former)
         for path, update in zip(updates.paths, updates.each, strict=True):
-            down, up = (former[f"unet.{path}.lora_{half}.weight"] for half in "AB")
-            update.load_state_dict({"down": down, "up": up})
+            places = [f"{path}.lora_{half}.weight" for half in "AB"]
+            if all(place in names for place in places):
+                down, up = (former[names[place]] for place in places)
+                update.load_state_dict({"down": down, "up": up})
     return bool(start)
 
 
@@ -192,18 +207,20 @@ def walk_all(
     networks: dict[str, nn.Module],
     tokenizer: ClipTokenizer,
     schedule: NoiseSchedule,
+    workers: Workers,
 ) -> dict[str, Tensor]:
     """Return `latents` [N, pieces + 1, c, h, w] at the ends of all pieces, and token `ids` [N, T].
 
-    They are written part by part, and what is there is not walked again.
+    They are written part by part, each by one of the `workers`, and what is there is not walked
+    again.
     """
     settings, folder = config["few_steps"], Path(config["output"]) / "walks"
     folder.mkdir(exist_ok=True)
     others = captions(Path(config["data"]))
-    parts = []
-    for part in range(settings["walks"] // settings["walks_batch_size"]):
-        path = folder / f"{part:05}.safetensors"
-        if not path.exists():
+    count = settings["walks"] // settings["walks_batch_size"]
+    paths = [folder / f"{part:05}.safetensors" for part in range(count)]
+    for part, path in enumerate(paths):
+        if part % workers.count == workers.rank and not path.exists():
             rng = np.random.default_rng((config["seed"], 5, part))
             sentences = [
                 sentence_of(settings["mix"], others, rng)
@@ -214,7 +231,8 @@ def walk_all(
             latents = walk(networks, ids, empty, schedule, settings, rng)
             save_file({"latents": latents, "ids": ids}, path.with_suffix(".partial"))
             path.with_suffix(".partial").replace(path)
-        parts.append(load_file(path))
+    workers.wait()
+    parts = [load_file(path) for path in paths]
     return {name: torch.cat([each[name] for each in parts]) for name in ("latents", "ids")}
 
 

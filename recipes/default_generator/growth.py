@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,10 @@ def grow(unet: nn.Module, former: Mapping[str, Tensor]) -> None:
     Raises `SystemExit` where it has no place for some weight.
     """
     grown, taken = unet.state_dict(), set()
-    more = {side: _layers(grown, side) - _layers(former, side) for side in ("down", "up")}
+    names = former_names(grown, former)
     for name, value in grown.items():
-        before = _former_name(name, more, former)
-        if before is not None and before in former and former[before].shape == value.shape:
+        before = names.get(name)
+        if before is not None and former[before].shape == value.shape:
             value.copy_(former[before])
             taken.add(before)
         elif name.endswith("conv_shortcut.weight"):
@@ -37,20 +37,25 @@ def grow(unet: nn.Module, former: Mapping[str, Tensor]) -> None:
         raise SystemExit(f"the UNet to begin has no place for {missing[0]}: only depth may grow")
 
 
-def _layers(state: Mapping[str, Tensor], side: str) -> int:
-    """Return how many layers each level has on one side."""
-    places = [_PLACE.match(name) for name in state]
-    return 1 + max(int(found["layer"]) for found in places if found and found[1] == side)
+def former_names(grown: Collection[str], former: Collection[str]) -> dict[str, str]:
+    """Return by the names of the deeper network those of the shallower one, where it had them."""
+    last = {side: _last_layer(former, side) for side in ("down", "up")}
+    more = _last_layer(grown, "up") - last["up"]
+    found = {}
+    for name in grown:
+        before = name
+        if place := _PLACE.match(name):
+            side, layer = place[1], int(place["layer"])
+            if side == "up" and more and layer >= last[side]:
+                # The last one takes a map of the finer level, and those before it are new.
+                layer = last[side] if layer == last[side] + more else -1
+            start, end = place.span("layer")
+            before = f"{name[:start]}{layer}{name[end:]}"
+        if before in former:
+            found[name] = before
+    return found
 
 
-def _former_name(name: str, more: Mapping[str, int], former: Mapping[str, Tensor]) -> str | None:
-    """Return what a weight was called before there were `more` layers; None for one of these."""
-    if (place := _PLACE.match(name)) is None:
-        return name
-    layer, last = int(place["layer"]), _layers(former, place[1]) - 1
-    if place[1] == "up" and layer == last + more["up"]:
-        layer = last  # the last one takes a map of the finer level
-    elif layer > last or (place[1] == "up" and layer == last and more["up"]):
-        return None
-    start, end = place.span("layer")
-    return f"{name[:start]}{layer}{name[end:]}"
+def _last_layer(names: Collection[str], side: str) -> int:
+    places = [_PLACE.match(name) for name in names]
+    return max(int(found["layer"]) for found in places if found and found[1] == side)

@@ -3,7 +3,7 @@
     python recipes/default_generator/ship.py [config.toml] [folder]
 
 The checkpoint in the layout of diffusers, float16, and beside it the ONNX networks that run
-without torch. The normalisation of the latents moves into the 1x1 convolutions on both sides of
+without torch, on the same weights. The normalisation of the latents moves into the 1x1 convolutions on both sides of
 them, so that the scaling factor is 1.
 """
 
@@ -22,7 +22,7 @@ import configs
 from diptych.models.vae import Vae
 from diptych.runtimes.export_generator import export_generator
 from diptych.weights.generator_files import GeneratorFolder
-from diptych.weights.save_generator import describe_configs, save_generator
+from diptych.weights.save_generator import describe_configs
 from diptych.weights.tokenizer_files import find_tokenizer
 from train import painted, schedule_config
 from train_vae import trained
@@ -36,8 +36,8 @@ def main() -> None:
     config = configs.asked()
     modules = networks(config)
     model = described(config, modules, folder)
-    save_generator(modules, model, folder, dtype="float16")
-    report = export_generator(modules, model, folder, precision=config["ship"]["precision"])
+    precision = config["ship"]["precision"]
+    report = export_generator(modules, model, folder, precision=precision, checkpoint=True)
     print(report)
 
 
