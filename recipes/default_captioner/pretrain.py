@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import tomllib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diptych.models.vit import ViT, ViTConfig
-from diptych.training.replay import Replay, set_rate
-from diptych.training.state import (
-    Average,
-    Log,
-    Pace,
-    decayed,
-    learning_rate,
-    load_state,
-    save_state,
-)
+from diptych.training.replay import Replay
+from diptych.training.state import decayed
+from epochs import Epoch, Epochs
 from pictures import Labelled, mixed, plain, tiny_imagenet, views
 from things import detailed
 
@@ -90,35 +84,45 @@ def accuracy(model: Classifier, data: Labelled, size: int, device: str) -> float
 
 
 def main(config: dict[str, Any]) -> None:
-    options, output = config["pretrain"], Path(config["output"])
+    options = config["pretrain"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config["seed"])
     torch.backends.cudnn.benchmark = True
     folder = Path(config["data"]) / "tiny_imagenet_64"
     train, val = tiny_imagenet(folder, "train"), tiny_imagenet(folder, "val")
     train = Labelled(train.pixels.to(device), train.labels.to(device))
-    size, batch_size, epochs = (options[k] for k in ("image_size", "batch_size", "epochs"))
-
+    size = options["image_size"]
     model = Classifier(replace(encoder_config(config), image_size=size), 200)
     initialise(model)
     model.to(device, memory_format=torch.channels_last)
-    average = Average(model, options["ema_decay"])
     optimizer = adamw(
         decayed(model.named_parameters(), options["weight_decay"]), device, (0.9, 0.999)
     )
-    log, state = Log(output / "pretrain.jsonl"), output / "pretrain.safetensors"
-    first, spent = 0, 0.0
-    if state.exists():
-        progress = load_state(state, model, average, optimizer)
-        first, spent = progress["epoch"] + 1, progress.get("spent", 0.0)
-    per_epoch = len(train.labels) // batch_size
-    pace = Pace(epochs * per_epoch, options.get("seconds"), spent)
+    epochs = Epochs("pretrain", config, model, optimizer, examples=len(train.labels))
+    learn = Replay(device, enabled=config.get("cuda_graphs", True))(
+        step_of(model, optimizer, options["label_smoothing"])
+    )
+    for epoch in epochs:
+        order, losses = torch.randperm(len(train.labels), generator=epoch.chance).to(device), []
+        for index in epochs.steps():
+            chosen = order[index * options["batch_size"] :][: options["batch_size"]]
+            (loss,) = learn(*seen(train, chosen, options, epoch))
+            losses.append(loss.clone())
+        if epochs.is_due():
+            with epochs.average.swapped(model):
+                right = accuracy(model, val, size, device)
+            mean = float(sum(losses)) / len(losses)
+            epochs.keep(loss=round(mean, 4), val_accuracy_average=round(right, 4))
 
-    smoothing = options["label_smoothing"]
+
+def step_of(
+    model: Classifier, optimizer: torch.optim.Optimizer, smoothing: float
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Return a step of learning, which takes what `seen` gives and returns the loss."""
 
     def step(pixels: Tensor, labels: Tensor, others: Tensor, stays: Tensor) -> tuple[Tensor, ...]:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(pixels.device.type, torch.bfloat16):
             scores = model(pixels).float()
         loss = stays * F.cross_entropy(scores, labels, label_smoothing=smoothing)
         loss = loss + (1 - stays) * F.cross_entropy(scores, others, label_smoothing=smoothing)
@@ -127,46 +131,26 @@ def main(config: dict[str, Any]) -> None:
         optimizer.step()
         return (loss.detach(),)
 
-    learn = Replay(device, enabled=config.get("cuda_graphs", True))(step)
-    over, epoch = pace.over(first * per_epoch), first - 1
-    while not over:
-        epoch += 1
-        # All chance of an epoch follows from its number: a resumed run equals an unbroken one.
-        chance = torch.Generator().manual_seed(config["seed"] * 1000 + epoch)
-        draws = torch.Generator(device).manual_seed(config["seed"] * 1000 + epoch)
-        torch.manual_seed(config["seed"] * 1000 + epoch)
-        order, losses = torch.randperm(len(train.labels), generator=chance).to(device), []
-        for index in range(per_epoch):
-            chosen = order[index * batch_size : (index + 1) * batch_size]
-            pixels = views(train.pixels[chosen], size, options["smallest_crop"], draws)
-            # As later on, what their codec left must not be what they are known by.
-            if kept := round(options["detailed"] * batch_size):
-                others = pixels.roll(1, 0)[:kept]
-                pixels = torch.cat([detailed(pixels[:kept], others, draws), pixels[kept:]])
-            labels = others = train.labels[chosen]
-            stays = 1.0
-            if torch.rand(1, generator=chance).item() < options["cutmix"]:
-                pixels, partner, stays = mixed(pixels, chance)
-                others = labels[partner]
-            done = epoch * per_epoch + index
-            rate = learning_rate(done, pace.total(done), options["warmup_steps"])
-            set_rate(optimizer, options["learning_rate"] * rate)
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-            (loss,) = learn(pixels, labels, others, torch.full((), stays, device=device))
-            average.update(model)
-            losses.append(loss.clone())
-        over = pace.over((epoch + 1) * per_epoch)
-        if not over and (epoch + 1) % options["validate_every"]:
-            continue
-        with average.swapped(model):
-            right = accuracy(model, val, size, device)
-        log.write(
-            stage="pretrain",
-            epoch=epoch,
-            loss=round(float(sum(losses)) / len(losses), 4),
-            val_accuracy_average=round(right, 4),
-        )
-        save_state(state, model, average, optimizer, {"epoch": epoch, "spent": pace.spent})
+    return step
+
+
+def seen(
+    data: Labelled, chosen: Tensor, options: dict[str, Any], epoch: Epoch
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return views of the `chosen` pictures, their labels, others', and the share of their own."""
+    size, count = options["image_size"], options["batch_size"]
+    pixels = views(data.pixels[chosen], size, options["smallest_crop"], epoch.draws)
+    # As later on, what their codec left must not be what they are known by.
+    if kept := round(options["detailed"] * count):
+        partners = pixels.roll(1, 0)[:kept]
+        pixels = torch.cat([detailed(pixels[:kept], partners, epoch.draws), pixels[kept:]])
+    labels = others = data.labels[chosen]
+    stays = 1.0
+    if torch.rand(1, generator=epoch.chance).item() < options["cutmix"]:
+        pixels, partner, stays = mixed(pixels, epoch.chance)
+        others = labels[partner]
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    return pixels, labels, others, torch.full((), stays, device=pixels.device)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +40,9 @@ from captioning import (
 from diptych.evaluation.caption_metrics import CiderD, tokenize_words
 from diptych.text import Gpt2Tokenizer
 from diptych.training.memory import bound_kernel_cache
-from diptych.training.replay import Replay, set_rate
-from diptych.training.state import (
-    Average,
-    Log,
-    Pace,
-    decayed,
-    learning_rate,
-    load_state,
-    read_average,
-    save_state,
-)
+from diptych.training.replay import Replay
+from diptych.training.state import decayed, read_average
+from epochs import Epochs
 from pretrain import adamw
 from things import coded, things, viewed
 
@@ -119,35 +111,67 @@ def main(config: dict[str, Any]) -> None:
         {k.removeprefix("model."): v for k, v in start.items() if k.startswith("model.")}
     )
     model.encoder.to(memory_format=torch.channels_last)
-    average = Average(model, options["ema_decay"])
     optimizer = adamw(decayed(model.named_parameters(), 0.0), device, (0.9, 0.98))
-    log, state = Log(output / "refine.jsonl"), output / "refine.safetensors"
     scores, texts = validate(model, val, tokenizer, device)
-    first, best, spent = 0, scores["val_cider"], 0.0
-    if state.exists():
-        progress = load_state(state, model, average, optimizer)
-        first, best, spent = progress["epoch"] + 1, progress["best"], progress.get("spent", 0.0)
-    else:
-        log.write(stage="refine", epoch=-1, **scores, sample=texts[:3])
-        # What ships where no epoch is better.
-        save_state(output / "refined.safetensors", model, average, optimizer, {"epoch": -1})
-    per_epoch = len(train.captions) // options["batch_size"]
+    epochs = Epochs(
+        *("refine", config, model, optimizer),
+        examples=len(train.captions),
+        salt=2000,
+        best="refined",  # what ships where no epoch is better: what there was before
+    )
+    epochs.begin(scores["val_cider"], **scores, sample=texts[:3])
     size, each = config["encoder"]["image_size"], options["samples"]
-    pace = Pace(options["epochs"] * per_epoch, options.get("seconds"), spent)
-
     count, few = options["batch_size"], options["things"]
     taught = torch.arange(each, device=device) % EACH  # which captions of a thing
     weight = torch.full((few * each,), options["things_weight"], device=device)
+    replay = Replay(device, enabled=config.get("cuda_graphs", True))
+    draw, learn = (replay(step) for step in steps_of(model, optimizer, count, each))
+    # Statistics of the batches would drift with so few steps: keep those of stage 3.
+    model.eval()
+    for epoch in epochs:
+        order, rewards = torch.randperm(len(train.captions), generator=epoch.chance), []
+        others = torch.randint(len(alone.captions), (epochs.per_epoch, few), generator=epoch.chance)
+        others = others.to(device)
+        for index in epochs.steps():
+            photos, further = order[index * count :][:count], others[index]
+            chosen = photos.to(device)
+            pictures = train.pixels[chosen], coarse[chosen], alone.pixels[further]
+            (written,) = draw(viewed(*pictures, size, options, epoch.draws))
+            reward = jury.score(photos.repeat_interleave(each).tolist(), told(written))
+            gain = torch.cat([advantages(reward, each).to(device), weight])
+            inputs, targets = (
+                torch.cat([drawn, single[further][:, taught].flatten(0, 1)])
+                for drawn, single in zip(
+                    shifted(written), (alone.inputs, alone.targets), strict=True
+                )
+            )
+            learn(*trimmed(inputs, targets), gain)
+            rewards.append(float(reward.mean()))
+        if epochs.is_due():
+            with epochs.average.swapped(model):
+                scores, texts = validate(model, val, tokenizer, device)
+            model.eval()
+            mean = round(sum(rewards) / len(rewards), 4)
+            epochs.keep(scores["val_cider"], reward=mean, **scores, sample=texts[:3])
+
+
+Step = Callable[..., tuple[Tensor, ...]]
+
+
+def steps_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, count: int, each: int
+) -> tuple[Step, Step]:
+    """Return how to draw `each` captions of the first `count` pictures, and to learn from them."""
     seen: list[Tensor] = []  # the cache of the pictures, from drawing to learning
 
     def draw(pixels: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(pixels.device.type, torch.bfloat16):
             seen[:] = [image_cache(model, model.encode(pixels))]
             return (rollout(model, seen[0][:, :, :count].detach(), each, drawn=True),)
 
     def learn(inputs: Tensor, targets: Tensor, places: Tensor, gain: Tensor) -> tuple[Tensor, ...]:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(inputs.device.type, torch.bfloat16):
             # A half is padding: scoring the vocabulary there would be wasted.
             written = word_states(model, seen[0], inputs).flatten(0, 1).index_select(0, places)
             logits = model.decoder.logits(written).float()
@@ -159,63 +183,7 @@ def main(config: dict[str, Any]) -> None:
         optimizer.step()
         return ()
 
-    replay = Replay(device, enabled=config.get("cuda_graphs", True))
-    draw, learn = replay(draw), replay(learn)
-    # Statistics of the batches would drift with so few steps: keep those of stage 3.
-    model.eval()
-    over, epoch = pace.over(first * per_epoch), first - 1
-    while not over:
-        epoch += 1
-        chance = torch.Generator().manual_seed(config["seed"] * 2000 + epoch)
-        draws = torch.Generator(device).manual_seed(config["seed"] * 2000 + epoch)
-        torch.manual_seed(config["seed"] * 2000 + epoch)  # of the words that are drawn
-        order, rewards = torch.randperm(len(train.captions), generator=chance), []
-        others = torch.randint(len(alone.captions), (per_epoch, few), generator=chance).to(device)
-        for index in range(per_epoch):
-            photos, further = order[index * count :][:count], others[index]
-            pixels = viewed(
-                train.pixels[photos.to(device)],
-                coarse[photos.to(device)],
-                alone.pixels[further],
-                size,
-                options,
-                draws,
-            )
-            (written,) = draw(pixels)
-            reward = jury.score(photos.repeat_interleave(each).tolist(), told(written))
-            gain = torch.cat([advantages(reward, each).to(device), weight])
-            inputs, targets = shifted(written)
-            inputs = torch.cat([inputs, alone.inputs[further][:, taught].flatten(0, 1)])
-            targets = torch.cat([targets, alone.targets[further][:, taught].flatten(0, 1)])
-            step = epoch * per_epoch + index
-            rate = learning_rate(step, pace.total(step), options["warmup_steps"])
-            set_rate(optimizer, options["learning_rate"] * rate)
-            learn(*trimmed(inputs, targets), gain)
-            average.update(model)
-            rewards.append(float(reward.mean()))
-        over = pace.over((epoch + 1) * per_epoch)
-        if not over and (epoch + 1) % options["validate_every"]:
-            continue
-        with average.swapped(model):
-            scores, texts = validate(model, val, tokenizer, device)
-        model.eval()
-        log.write(
-            stage="refine",
-            epoch=epoch,
-            reward=round(sum(rewards) / len(rewards), 4),
-            **scores,
-            sample=texts[:3],
-        )
-        progress = {
-            "epoch": epoch,
-            "best": max(best, scores["val_cider"]),
-            "spent": pace.spent,
-        }
-        # The best goes first: killed between the two, the epoch is repeated, and no best is lost.
-        if scores["val_cider"] > best:
-            best = scores["val_cider"]
-            save_state(output / "refined.safetensors", model, average, optimizer, progress)
-        save_state(state, model, average, optimizer, progress)
+    return draw, learn
 
 
 if __name__ == "__main__":

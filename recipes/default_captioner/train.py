@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import tomllib
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,9 @@ from captioning import (
 )
 from diptych.text import Gpt2Tokenizer
 from diptych.training.memory import bound_kernel_cache
-from diptych.training.replay import Replay, set_rate
-from diptych.training.state import (
-    Average,
-    Log,
-    Pace,
-    decayed,
-    learning_rate,
-    load_state,
-    read_average,
-    save_state,
-)
+from diptych.training.replay import Replay
+from diptych.training.state import decayed, read_average
+from epochs import Epochs
 from pretrain import adamw
 from things import coded, things, viewed
 
@@ -91,11 +84,9 @@ def teacher(config: dict[str, Any], path: Path) -> Pupil:
     return loaded.eval().requires_grad_(False)
 
 
-def likelihood(
-    teachers: list[Pupil], pixels: Tensor, inputs: Tensor, places: Tensor, device: str
-) -> Tensor:
+def likelihood(teachers: Sequence[Pupil], pixels: Tensor, inputs: Tensor, places: Tensor) -> Tensor:
     """Return [K, V]: how likely the teachers find each word, on average."""
-    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+    with torch.no_grad(), torch.autocast(pixels.device.type, torch.bfloat16):
         heard = [each(pixels, inputs, places)[0].float().softmax(-1) for each in teachers]
     return torch.stack(heard).mean(0)
 
@@ -112,118 +103,92 @@ def main(config: dict[str, Any]) -> None:
     alone = tokenized(things(Path(config["data"])), tokenizer).to(device)
     coarse = coded(train.pixels.cpu()).to(device)
 
-    pupil = Pupil(config, options["dropout"])
-    pretrained = output / "pretrain.safetensors"
-    if pretrained.exists():
+    pupil = begun(config).to(device)
+    pupil.model.encoder.to(memory_format=torch.channels_last)
+    teachers = [teacher(config, Path(each)).to(device) for each in options.get("teachers", [])]
+    optimizer = adamw(groups_of(pupil, options["weight_decay"]), device, (0.9, 0.98))
+    epochs = Epochs("train", config, pupil, optimizer, examples=len(train.captions), best="best")
+    learn = Replay(device, enabled=config.get("cuda_graphs", True))(
+        step_of(pupil, optimizer, options, teachers)
+    )
+    size, count, few = config["encoder"]["image_size"], options["batch_size"], options["things"]
+    for epoch in epochs:
+        chance, losses = epoch.chance, []
+        order = torch.randperm(len(train.captions), generator=chance).to(device)
+        others = torch.randint(len(alone.captions), (epochs.per_epoch, few), generator=chance)
+        others = others.to(device)
+        for index in epochs.steps(options):
+            chosen, further = order[index * count :][:count], others[index]
+            pictures = train.pixels[chosen], coarse[chosen], alone.pixels[further]
+            pixels = viewed(*pictures, size, options, epoch.draws)
+            inputs, targets = (
+                torch.cat([photos[chosen], single[further]]).flatten(0, 1)
+                for photos, single in ((train.inputs, alone.inputs), (train.targets, alone.targets))
+            )
+            told = learn(pixels, targets_of_words[chosen], *trimmed(inputs, targets))
+            losses.append([each.clone() for each in told])
+        if epochs.is_due():
+            with epochs.average.swapped(pupil):
+                scores, texts = validate(pupil.model, val, tokenizer, device)
+            loss, word_loss = (
+                round(float(sum(part)) / epochs.per_epoch, 4) for part in zip(*losses, strict=True)
+            )
+            said = {"loss": loss, "word_loss": word_loss, **scores, "sample": texts[:3]}
+            epochs.keep(scores["val_cider"], **said)
+
+
+def begun(config: dict[str, Any]) -> Pupil:
+    """Return what is to learn, with what earlier stages have left of encoder and decoder."""
+    output = Path(config["output"])
+    pupil = Pupil(config, config["train"]["dropout"])
+    if (pretrained := output / "pretrain.safetensors").exists():
         take_encoder(pupil.model, read_average(pretrained))
     if (read := output / "text.safetensors").exists():
         pupil.model.decoder.load_state_dict(read_average(read))
-    pupil.to(device)
-    teachers = [teacher(config, Path(each)).to(device) for each in options.get("teachers", [])]
-    pupil.model.encoder.to(memory_format=torch.channels_last)
-    average = Average(pupil, options["ema_decay"])
-    decay = options["weight_decay"]
+    return pupil
+
+
+def groups_of(pupil: Pupil, decay: float) -> list[Any]:
+    """Return the parameters of the encoder, and the others, each with a rate of its own."""
     encoder = set(pupil.model.encoder.parameters())
     named = list(pupil.named_parameters())
     groups = decayed([n for n in named if n[1] in encoder], decay, share="encoder_learning_rate")
-    groups += decayed([n for n in named if n[1] not in encoder], decay, share="learning_rate")
-    optimizer = adamw(groups, device, (0.9, 0.98))
+    return groups + decayed([n for n in named if n[1] not in encoder], decay, share="learning_rate")
 
-    log, state = Log(output / "train.jsonl"), output / "train.safetensors"
-    first, best, spent = 0, -1.0, 0.0  # the first epoch is the best so far, whatever it scores
-    if state.exists():
-        progress = load_state(state, pupil, average, optimizer)
-        first, best, spent = progress["epoch"] + 1, progress["best"], progress.get("spent", 0.0)
-    per_epoch = len(train.captions) // options["batch_size"]
-    pace = Pace(options["epochs"] * per_epoch, options.get("seconds"), spent)
-    size = config["encoder"]["image_size"]
 
-    count, few = options["batch_size"], options["things"]
+def step_of(
+    pupil: Pupil,
+    optimizer: torch.optim.Optimizer,
+    options: dict[str, Any],
+    teachers: Sequence[Pupil],
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Return a step of learning, which returns the losses of the captions and of their words."""
 
     def step(
         pixels: Tensor, words: Tensor, inputs: Tensor, targets: Tensor, places: Tensor
     ) -> tuple[Tensor, ...]:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(pixels.device.type, torch.bfloat16):
             logits, guessed = pupil(pixels, inputs, places)
-        loss = F.cross_entropy(
-            logits.float(),
-            targets.flatten()[places],
-            ignore_index=IGNORED,
-            label_smoothing=options["label_smoothing"],
-        )
+        logits, wanted = logits.float(), targets.flatten()[places]
+        smoothing = options["label_smoothing"]
+        loss = F.cross_entropy(logits, wanted, ignore_index=IGNORED, label_smoothing=smoothing)
         total = loss
         if teachers:
-            said = targets.flatten()[places] != IGNORED
-            wanted = likelihood(teachers, pixels, inputs, places, device)
-            apart = -(wanted * logits.float().log_softmax(-1)).sum(-1)
+            said = wanted != IGNORED
+            likely = likelihood(teachers, pixels, inputs, places)
+            apart = -(likely * logits.log_softmax(-1)).sum(-1)
             share = options["teachers_share"]
             total = (1 - share) * loss + share * (apart * said).sum() / said.sum()
         # Summed over the words and divided by about as many as a photo has.
-        word_loss = F.binary_cross_entropy_with_logits(guessed[:count].float(), words)
+        word_loss = F.binary_cross_entropy_with_logits(guessed[: len(words)].float(), words)
         word_loss = word_loss * (NUM_WORDS / 10)
         (total + options["word_loss"] * word_loss).backward()
         nn.utils.clip_grad_norm_(pupil.parameters(), 1.0)
         optimizer.step()
         return loss.detach(), word_loss.detach()
 
-    learn = Replay(device, enabled=config.get("cuda_graphs", True))(step)
-    over, epoch = pace.over(first * per_epoch), first - 1
-    while not over:
-        epoch += 1
-        chance = torch.Generator().manual_seed(config["seed"] * 1000 + epoch)
-        draws = torch.Generator(device).manual_seed(config["seed"] * 1000 + epoch)
-        # Dropout draws from the global stream: it too must follow from the epoch alone.
-        torch.manual_seed(config["seed"] * 1000 + epoch)
-        order, losses = torch.randperm(len(train.captions), generator=chance).to(device), []
-        others = torch.randint(len(alone.captions), (per_epoch, few), generator=chance).to(device)
-        for index in range(per_epoch):
-            chosen, further = order[index * count :][:count], others[index]
-            pixels = viewed(
-                train.pixels[chosen],
-                coarse[chosen],
-                alone.pixels[further],
-                size,
-                options,
-                draws,
-            )
-            inputs, targets = (
-                torch.cat([photos[chosen], single[further]]).flatten(0, 1)
-                for photos, single in ((train.inputs, alone.inputs), (train.targets, alone.targets))
-            )
-            done = epoch * per_epoch + index
-            set_rate(
-                optimizer,
-                learning_rate(done, pace.total(done), options["warmup_steps"]),
-                options,
-            )
-            told = learn(pixels, targets_of_words[chosen], *trimmed(inputs, targets))
-            average.update(pupil)
-            losses.append([each.clone() for each in told])
-        over = pace.over((epoch + 1) * per_epoch)
-        if not over and (epoch + 1) % options["validate_every"]:
-            continue
-        with average.swapped(pupil):
-            scores, texts = validate(pupil.model, val, tokenizer, device)
-        means = [float(sum(part)) / per_epoch for part in zip(*losses, strict=True)]
-        log.write(
-            stage="train",
-            epoch=epoch,
-            loss=round(means[0], 4),
-            word_loss=round(means[1], 4),
-            **scores,
-            sample=texts[:3],
-        )
-        progress = {
-            "epoch": epoch,
-            "best": max(best, scores["val_cider"]),
-            "spent": pace.spent,
-        }
-        # The best goes first: killed between the two, the epoch is repeated, and no best is lost.
-        if scores["val_cider"] > best:
-            best = scores["val_cider"]
-            save_state(output / "best.safetensors", pupil, average, optimizer, progress)
-        save_state(state, pupil, average, optimizer, progress)
+    return step
 
 
 if __name__ == "__main__":

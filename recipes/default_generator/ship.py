@@ -3,8 +3,8 @@
     python recipes/default_generator/ship.py [config.toml] [folder]
 
 The checkpoint in the layout of diffusers, float16, and beside it the ONNX networks that run
-without torch, on the same weights. The normalisation of the latents moves into the 1x1 convolutions on both sides of
-them, so that the scaling factor is 1.
+without torch, on the same weights. The normalisation of the latents moves into the 1x1
+convolutions on both sides of them, so that the scaling factor is 1.
 """
 
 from __future__ import annotations
