@@ -102,20 +102,8 @@ def main() -> None:
     abar = abar.to(device)
     rows, saved = workers.share(settings["batch_size"]), time.time()
     pace = Pace(settings["steps"], settings.get("seconds"), spent)
-
-    def learn(frozen: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
-        optimizer.zero_grad(set_to_none=True)
-        # Without units for bfloat16 it would be slower than float32.
-        narrow = device.type == "cuda" or multiplies(torch.bfloat16)
-        with torch.autocast(device.type, torch.bfloat16, enabled=narrow):
-            losses = loss(module, *inputs, abar, config, frozen=frozen)
-        losses.mean().backward()
-        workers.average(module.parameters())
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        return (losses.detach(),)
-
     replay = Replay(device, enabled=config.get("cuda_graphs", True))
+    learn = partial(learning, module, optimizer, workers, abar, config)
     both = {frozen: replay(partial(learn, frozen)) for frozen in (False, True)}
     sums, step = torch.zeros(2, BANDS, device=device), first
     while step < (total := pace.total(step)):
@@ -145,6 +133,29 @@ def main() -> None:
     if workers.leads:
         save_state(state, module, average, optimizer, {"step": step, "spent": pace.spent})
     workers.close()
+
+
+def learning(
+    module: Painter,
+    optimizer: Muon,
+    workers: Workers,
+    abar: Tensor,
+    config: dict[str, Any],
+    frozen: bool,
+    *inputs: Tensor,
+) -> tuple[Tensor, ...]:
+    """Take one step; `inputs`, and what comes back, are those of `loss`."""
+    optimizer.zero_grad(set_to_none=True)
+    kind = abar.device.type
+    # Without units for bfloat16 it would be slower than float32.
+    narrow = kind == "cuda" or multiplies(torch.bfloat16)
+    with torch.autocast(kind, torch.bfloat16, enabled=narrow):
+        losses = loss(module, *inputs, abar, config, frozen=frozen)
+    losses.mean().backward()
+    workers.average(module.parameters())
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    optimizer.step()
+    return (losses.detach(),)
 
 
 # --- modules --------------------------------------------------------------------------------------
