@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from diptych.errors import BadInput, DiptychError
+from diptych.image_to_text.beams import advance_beams, num_ranked
 from diptych.image_to_text.candidates import (
     Candidates,
     Floats,
@@ -34,6 +33,7 @@ from diptych.image_to_text.candidates import (
 )
 from diptych.image_to_text.filters import Filters, filters_of
 from diptych.image_to_text.options import SearchOptions
+from diptych.image_to_text.states import NO_SCORE, Hypothesis, State, among, cut, extend
 
 __all__ = [
     "ChoosingStep",
@@ -48,8 +48,6 @@ __all__ = [
     "stream",
 ]
 
-# Stands for "no score" in transformers' beam search; kept, because results depend on it.
-_NONE = np.float32(-1e9)
 # Asked for beyond the best that are needed: a runtime may take any of several equal ones there.
 _SPARE = 8
 
@@ -86,40 +84,6 @@ class ChoosingStep(Step, Protocol):
         sums of exp(logit - highest logit) over the whole vocabulary.
         """
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Hypothesis:
-    """Hold one caption of an image.
-
-    `token_ids` are the generated ids without the prompt, the end token included if there is one.
-    `token_logprobs` are the model's own log-probabilities of them, before any filter.
-    `score` orders captions: with beams the sum of filtered log-probabilities divided by
-    length ** length_penalty (transformers' `sequences_scores`), otherwise the mean of
-    `token_logprobs`.
-    """
-
-    token_ids: tuple[int, ...]
-    token_logprobs: tuple[float, ...]
-    score: float
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """Hold one image's search between two steps.
-
-    `token_ids` `R T` with the prompt and `token_logprobs` `R n` of the n generated ones are the
-    rows still growing; `parents` `R` says which rows of the state before they continue; `scores`
-    `R` are the sums that rank beams. `ended` are the captions found so far, best first; once
-    `done`, they are the answer.
-    """
-
-    token_ids: Ids
-    token_logprobs: Floats
-    parents: Ids
-    scores: Floats
-    ended: tuple[Hypothesis, ...] = ()
-    done: bool = False
 
 
 Advance = Callable[[State, Candidates], State]
@@ -253,7 +217,7 @@ def _asking(step: Step, options: SearchOptions, eos: Ids, filters: Filters) -> A
         return lambda token_ids, parents, index: whole(
             step(token_ids, parents), len(token_ids), index
         )
-    needed = _num_ranked(options, eos) if options.num_beams > 1 else 1
+    needed = num_ranked(options, eos) if options.num_beams > 1 else 1
     best = step.best
     before = 0
 
@@ -274,7 +238,7 @@ def _advance(options: SearchOptions, eos: Ids, filters: Filters, image: int) -> 
         draw = _draws(options, image)
         return partial(_advance_rows, options=options, eos=eos, filters=filters, choose=draw)
     if options.num_beams > 1:
-        return partial(_advance_beams, options=options, eos=eos, filters=filters)
+        return partial(advance_beams, options=options, eos=eos, filters=filters)
     return partial(_advance_rows, options=options, eos=eos, filters=filters, choose=_most_likely)
 
 
@@ -284,7 +248,7 @@ def _rows_per_image(options: SearchOptions) -> int:
 
 def _start(prompt: Ids, rows: int) -> State:
     # Beams start alike: the first counts, the others would only repeat its tokens.
-    scores = np.full(rows, _NONE)
+    scores = np.full(rows, NO_SCORE)
     scores[0] = 0
     return State(
         token_ids=np.tile(prompt, (rows, 1)),
@@ -312,15 +276,15 @@ def _advance_rows(
     # rows are whole and the column is the token.
     columns = state.token_ids[:, -1].copy()
     started = state.token_logprobs.shape[1] > 0
-    growing = np.flatnonzero(~_among(columns, eos) | (not started))
+    growing = np.flatnonzero(~among(columns, eos) | (not started))
     rows = np.arange(len(columns))
     own = candidates if len(growing) == len(rows) else Candidates(candidates.logits[growing])
     columns[growing] = choose(filters(own.logits, own, state.token_ids[growing]), growing)
     tokens = candidates.tokens(rows, columns)
-    after = _extend(state, rows, tokens, candidates.logprobs_of(columns))
-    if not (_among(tokens, eos).all() or after.token_ids.shape[1] >= options.max_length):
+    after = extend(state, rows, tokens, candidates.logprobs_of(columns))
+    if not (among(tokens, eos).all() or after.token_ids.shape[1] >= options.max_length):
         return after
-    found = [_cut(after, row, eos) for row in range(len(tokens))]
+    found = [cut(after, row, eos) for row in range(len(tokens))]
     best_first = tuple(sorted(found, key=lambda hypothesis: -hypothesis.score))
     return dataclasses.replace(after, ended=best_first, done=True)
 
@@ -355,115 +319,3 @@ def _draw(scores: Floats, uniform: float) -> int:
     cumulative = np.exp(weights - weights.max()).cumsum()
     place = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
     return int(legal[min(place, legal.size - 1)])
-
-
-def _advance_beams(
-    state: State, candidates: Candidates, *, options: SearchOptions, eos: Ids, filters: Filters
-) -> State:
-    """Add one token to each beam: rank all continuations, keep the best num_beams.
-
-    Twice as many are ranked (one more num_beams for each further end token), so that num_beams
-    remain when the best ones end. Only captions that end among the first num_beams may be returned.
-    """
-    width = options.num_beams
-    logprobs = candidates.logprobs()
-    totals = filters(logprobs, candidates, state.token_ids) + state.scores[:, None]
-    ranked = rank(totals.ravel(), _num_ranked(options, eos))
-    totals_ranked = totals.ravel()[ranked]
-    beams, columns = np.divmod(ranked, totals.shape[1])
-    tokens = candidates.tokens(beams, columns)
-    after = _extend(state, beams, tokens, logprobs[beams, columns])
-    at_limit = after.token_ids.shape[1] >= options.max_length
-    ends = _among(tokens, eos) | at_limit
-    ended = _merge(after, np.flatnonzero(ends[:width]), totals_ranked, options)
-    scores = totals_ranked + np.where(ends, _NONE, np.float32(0))
-    kept = rank(scores, width)
-    best = float(scores[kept[0]])
-    done = bool(ends.all()) or not _may_improve(best, after, ended, options)
-    return State(
-        token_ids=after.token_ids[kept],
-        token_logprobs=after.token_logprobs[kept],
-        parents=beams[kept],
-        scores=scores[kept],
-        ended=_filled(ended, state) if done else ended,
-        done=done,
-    )
-
-
-def _num_ranked(options: SearchOptions, eos: Ids) -> int:
-    return int(max(2, 1 + eos.size) * options.num_beams)
-
-
-def _merge(
-    after: State, rows: Ids, totals: Floats, options: SearchOptions
-) -> tuple[Hypothesis, ...]:
-    """Add the captions that ended in `rows` to those before; keep the best num_beams."""
-    new_tokens = after.token_logprobs.shape[1]
-    scores = totals[rows] / np.float32(new_tokens**options.length_penalty)
-    found = [
-        _hypothesis(after, row, new_tokens, score)
-        for row, score in zip(rows.tolist(), scores.tolist(), strict=True)
-        if score > _NONE
-    ]
-    merged = sorted([*after.ended, *found], key=lambda hypothesis: -hypothesis.score)
-    return tuple(merged[: options.num_beams])
-
-
-def _may_improve(
-    best: float, after: State, ended: Sequence[Hypothesis], options: SearchOptions
-) -> bool:
-    """Tell whether a beam with the sum `best` may still enter the captions that ended."""
-    full = len(ended) == options.num_beams
-    if full and options.early_stopping is True:
-        return False
-    length = new_tokens = after.token_logprobs.shape[1]
-    if options.early_stopping == "never" and options.length_penalty > 0:
-        # Sums only fall, so the kindest guess divides by the longest length.
-        prompt_length = after.token_ids.shape[1] - new_tokens
-        length = options.max_length - prompt_length
-    worst = ended[-1].score if full else float(_NONE)
-    return bool(best / length**options.length_penalty > worst)
-
-
-def _filled(ended: tuple[Hypothesis, ...], before: State) -> tuple[Hypothesis, ...]:
-    """Fill places left open with the rows as they stood.
-
-    Happens only when filters ban every token; transformers shows such rows too.
-    """
-    rows, length = before.token_logprobs.shape
-    standing = [_hypothesis(before, row, length, float(_NONE)) for row in range(rows)]
-    return (*ended, *standing[: rows - len(ended)])
-
-
-# Rows and captions ----------------------------------------------------------------------------
-
-
-def _extend(state: State, rows: Ids, tokens: Ids, logprobs: Floats) -> State:
-    """Continue these rows of a state by one token each."""
-    return dataclasses.replace(
-        state,
-        token_ids=np.concatenate([state.token_ids[rows], tokens[:, None]], axis=1),
-        token_logprobs=np.concatenate([state.token_logprobs[rows], logprobs[:, None]], axis=1),
-        parents=rows,
-    )
-
-
-def _cut(state: State, row: int, eos: Ids) -> Hypothesis:
-    """Return a row up to its first generated end token, scored by its mean log-probability."""
-    new_tokens = state.token_logprobs.shape[1]
-    is_end = _among(state.token_ids[row, -new_tokens:], eos)
-    length = int(is_end.argmax()) + 1 if is_end.any() else new_tokens
-    return _hypothesis(state, row, length, float(state.token_logprobs[row, :length].mean()))
-
-
-def _hypothesis(state: State, row: int, length: int, score: float) -> Hypothesis:
-    prompt_length = state.token_ids.shape[1] - state.token_logprobs.shape[1]
-    token_ids = state.token_ids[row, prompt_length : prompt_length + length]
-    logprobs = state.token_logprobs[row, :length]
-    return Hypothesis(tuple(token_ids.tolist()), tuple(logprobs.tolist()), score)
-
-
-def _among(tokens: Ids, eos: Ids) -> NDArray[np.bool_]:
-    """As np.isin, which takes longer than all else for a few numbers."""
-    found: NDArray[np.bool_] = (tokens[:, None] == eos).any(axis=1)
-    return found
