@@ -471,8 +471,9 @@ def _own_fields(kind: str) -> list[dataclasses.Field[Any]]:
 
 def _option(field: dataclasses.Field[Any]) -> tuple[str, ...]:
     meta = field.metadata
-    default = "drawn" if field.name == "seed" else repr(meta["default"]).replace("''", "none")
-    default = "none" if meta["default"] is None and field.name != "seed" else default
+    default = repr(meta["default"]).replace("''", "none")
+    if meta["default"] is None:
+        default = "drawn" if field.name == "seed" else "none"
     shown = default if default in ("none", "drawn") else f"`{default}`"
     return f"`{field.name}`", _wanted(meta), meta["help"], shown
 

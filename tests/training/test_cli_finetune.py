@@ -33,6 +33,14 @@ def generator(data: Path, model: Path, folder: Path, *more: object) -> Any:
     )
 
 
+@pytest.mark.parametrize("panel", ["generator", "captioner"])
+def test_the_help_tells_defaults_that_are_zero(panel: str) -> None:
+    said = " ".join(run("finetune", panel, "--help").stdout.split())
+    for option, default in {"seed": "0", "lr-warmup-steps": "0", "ema-decay": "0.0"}.items():
+        own = said.split(f"--{option} ")[1].split(" --")[0]
+        assert own.endswith(f"[default: ({default})]")
+
+
 def test_a_lora_is_trained_where_it_should_lie(tmp_path: Path, sd1: Path, pictures: Path) -> None:
     result = generator(
         pictures,

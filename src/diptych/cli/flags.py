@@ -155,7 +155,8 @@ def _flag(field: Any) -> inspect.Parameter:
     dashed = f"--{field.name.replace('_', '-')}"
     names = [f"{dashed}/--no-{dashed[2:]}"] if kind is bool else [dashed]
     names += [_SHORTER[field.name]] if field.name in _SHORTER else []
-    default = "the model's" if meta["from_model"] else str(meta["default"] or "none")
+    default = "none" if meta["default"] in (None, "") else str(meta["default"])
+    default = "the model's" if meta["from_model"] else default
     text = meta["help"]
     if meta["choices"] and all(isinstance(choice, str) for choice in meta["choices"]):
         text = f"{text} One of {', '.join(meta['choices'])}."

@@ -106,7 +106,10 @@ class TrainOptions:
         int, "Most held-out pictures that are looked at.", default=64, low=1, high=100_000
     )
     keep_best: bool = setting(
-        bool, "Keep the weights of the lowest validation loss, not the last.", default=False
+        bool,
+        "Keep the weights that did best in validation (a generator's lowest loss, a captioner's "
+        "highest CIDEr-D), not the last.",
+        default=False,
     )
     checkpointing_steps: int = setting(
         int, "Steps from one checkpoint to the next.", default=500, low=1, high=100_000_000
