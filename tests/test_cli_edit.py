@@ -159,3 +159,10 @@ def test_interruption_leaves_no_half_file(tmp_path: Path) -> None:
     for path in made:
         with Image.open(path) as image:
             image.load()
+
+
+def test_strengths_are_compared_with_one_seed(run: Run) -> None:  # noqa: F811
+    done = run("img2img", "in/one.png", "-p", "red", "-o", "out", "--strengths", "0.5,0.7,1")
+    assert done.code == 0
+    seeds = [Path(line).stem.rpartition("-")[2] for line in done.out.split()]
+    assert len(seeds) == 3 and len(set(seeds)) == 1

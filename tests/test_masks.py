@@ -163,3 +163,11 @@ def test_extending_repeats_edges() -> None:
     assert found.shape == (7, 8, 3)
     assert np.array_equal(found[:4, 2:], np.asarray(picture))
     assert np.array_equal(found[5, 2:], np.asarray(picture)[-1])
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_a_white_mask_that_is_nowhere_transparent_is_white(mode: str) -> None:
+    found, _ = open_mask(Image.new(mode, SIZE, "white"), SIZE)
+    assert found.min() == 1
+    found, _ = open_mask(Image.new(mode, SIZE, "black"), SIZE)
+    assert found.max() == 0

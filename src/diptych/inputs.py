@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from diptych.errors import BadInput
 
-__all__ = ["PICTURE_SUFFIXES", "Picture", "find_pictures"]
+__all__ = ["PICTURE_SUFFIXES", "Picture", "at_home", "find_pictures"]
 
 # What a folder is searched for; a file that is named is read whatever it is called.
 PICTURE_SUFFIXES = frozenset(
@@ -30,6 +31,11 @@ class Picture:
 
     name: str
     source: str | Path | bytes
+
+
+def at_home(path: str | os.PathLike[str]) -> Path:
+    """Return `path` with `~` as the home; a name that only begins so is left as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (`Path` fails for an unknown user)
 
 
 def find_pictures(paths: Sequence[str]) -> list[Picture]:
@@ -62,9 +68,10 @@ def _expand(path: str) -> Iterator[Picture]:
         yield Picture("<stdin>", sys.stdin.buffer.read())
     elif _ADDRESS.match(path):
         yield Picture(path if len(path) < 200 else path[:60] + "…", path)
-    elif Path(path).is_dir():
+    # os.path, for which a name that is too long, or may not be looked at, is merely not there.
+    elif os.path.isdir(path):  # noqa: PTH112
         yield from _in_folder(Path(path))
-    elif not Path(path).exists() and glob.has_magic(path):
+    elif not os.path.exists(path) and glob.has_magic(path):  # noqa: PTH110
         matches = sorted(glob.glob(path, recursive=True))  # noqa: PTH207 (also absolute patterns)
         if not matches:
             raise BadInput(f"{path}: no file matches this pattern")

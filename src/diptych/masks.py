@@ -20,8 +20,8 @@ def open_mask(
     """Return a mask [H, W] in 0..1 at `size` (width, height), and notes on what was changed.
 
     White is 1. Transparent is 1 with `mask_from="alpha"`, and with "auto" where all colours of a
-    mask with transparency are the same. Raises `BadImage` for what cannot be read, `BadInput` for
-    alpha that is asked for and not there.
+    mask are the same and some of it is transparent. Raises `BadImage` for what cannot be read,
+    `BadInput` for alpha that is asked for and not there.
     """
     image = open_image(source, alpha="keep")
     if mask_from == "alpha" and image.mode != "RGBA":
@@ -44,7 +44,8 @@ def _values(image: Image.Image, mask_from: str) -> Floats:
         levels = np.asarray(image)
         is_one_colour = bool((levels[..., :3] == levels[0, 0, :3]).all())
         alpha: Floats = levels[..., 3].astype(np.float32) / np.float32(255)
-        if mask_from == "alpha" or (mask_from == "auto" and is_one_colour):
+        is_cut_out = is_one_colour and bool((levels[..., 3] < 255).any())
+        if mask_from == "alpha" or (mask_from == "auto" and is_cut_out):
             return np.float32(1) - alpha
         # What is seen on black: strokes on a transparent ground count, their ground does not.
         grey = np.asarray(image.convert("RGB").convert("L"), np.float32) / np.float32(255)

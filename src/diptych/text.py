@@ -68,9 +68,11 @@ class Gpt2Tokenizer:
         return document
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text`, without special tokens."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        """Return the token ids of `text`, without special tokens.
+
+        Raises `BadInput` for a text that holds half a character.
+        """
+        return _encoded(self._tokenizer, text)
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Return the text of `token_ids`; special tokens leave no trace."""
@@ -97,6 +99,14 @@ class Gpt2Tokenizer:
         """Return where in the decoded text each token begins and ends."""
         ends = [len(self.decode(token_ids[: count + 1])) for count in range(len(token_ids))]
         return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:
+    try:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    except (TypeError, UnicodeEncodeError) as error:
+        raise BadInput(f"the text {text[:60]!r} holds half a character: remove it") from error
+    return ids
 
 
 class ClipTokenizer:
@@ -214,10 +224,7 @@ class ClipTokenizer:
 
         Raises `BadInput` for a text that holds half a character.
         """
-        try:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        except (TypeError, UnicodeEncodeError) as error:
-            raise BadInput(f"the text {text[:60]!r} holds half a character: remove it") from error
+        ids = _encoded(self._tokenizer, text)
         if not self._placeholders:
             return ids
         return [row for token in ids for row in self._placeholders.get(token, (token,))]

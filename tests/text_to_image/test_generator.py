@@ -367,3 +367,18 @@ def test_no_more_layers_are_left_out_than_there_are() -> None:
     )
     with pytest.raises(BadInput, match="clip_skip is 12: give 0 to 11"):
         generator.generate("red", clip_skip=12)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"negative_prompt": ["x"]},
+        {"negative_prompt": ["x", "y", "z"]},
+        {"latents": np.zeros((1, 4, SIDE // DOWN, SIDE // DOWN), np.float32)},
+    ],
+)
+def test_numbers_that_do_not_fit_are_told_before_any_work(words: dict[str, Any]) -> None:
+    generator = make_generator()
+    with pytest.raises(BadInput, match=r"for 2 prompts|2 are asked for"):
+        generator.generate(["red", "blue"], batch_size=1, **words)
+    assert not generator.networks["unet"].calls

@@ -85,3 +85,20 @@ def test_a_learned_word(generator: ImageGenerator, tmp_path: Path) -> None:
     assert np.abs(same - np.asarray(taught.image, float)).max() <= 1
     generator.unload_textual_inversion()
     assert generator.generate("a <sketch> fox", **WORDS).image.tobytes() == plain.image.tobytes()
+
+
+def test_a_handle_takes_its_lora_out_of_the_recipe_too(
+    generator: ImageGenerator, tmp_path: Path
+) -> None:
+    plain = generator.generate("a fox", **WORDS)
+    handle = generator.load_lora(write_lora(tmp_path / "ink.safetensors", 1))
+    state = generator._adapters.state
+    assert generator.generate("a fox", **WORDS).model == plain.model + " + ink:1"
+    handle.remove()
+    assert generator._adapters.state != state
+    after = generator.generate("a fox", **WORDS)
+    assert after.image.tobytes() == plain.image.tobytes() and after.model == plain.model
+    # Another one is never taken for it, wherever it lies in memory.
+    again = generator.load_lora(write_lora(tmp_path / "ink.safetensors", 2))
+    assert generator._adapters.state != state
+    generator.unload_lora(again)

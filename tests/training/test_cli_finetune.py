@@ -211,3 +211,37 @@ def test_two_processes_learn_what_one_does(tmp_path: Path, sd1: Path, pictures: 
     way = sum(float(one[name].square().sum()) for name in names) ** 0.5
     gap = sum(float((one[name] - two[name]).square().sum()) for name in names) ** 0.5
     assert gap < 0.05 * way
+
+
+def test_a_run_goes_on_when_nobody_listens(tmp_path: Path, sd1: Path, pictures: Path) -> None:
+    """As in `diptych finetune … 2>&1 | head -1`."""
+    from diptych.training import finetune
+    from diptych.training.options import GeneratorTrainOptions
+
+    def gone(*_: object) -> None:
+        raise BrokenPipeError
+
+    options = GeneratorTrainOptions(
+        method="lora", max_train_steps=2, resolution=64, num_sample_images=0, train_batch_size=2
+    )
+    finished = finetune.finetune_generator(
+        pictures,
+        tmp_path / "run",
+        sd1,
+        options,
+        device="cpu",
+        reporting=finetune.Reporting(tell=gone, note=gone, advance=lambda _: gone),
+    )
+    assert finished.step == 2 and all(path.is_file() for path in finished.files)
+
+
+def test_captions_are_drawn_as_they_stand(tmp_path: Path, sd1: Path) -> None:
+    """Brackets of a caption weigh nothing, and end no run."""
+    folder = draw_pictures(tmp_path / "pictures", 3, seed=4)
+    table = folder / "metadata.jsonl"
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    text = "a crowd (ISO: 400) [2:3]"
+    table.write_text("".join(json.dumps({**row, "text": text}) + "\n" for row in rows))
+    result = generator(folder, sd1, tmp_path / "run", "--num-sample-images", 1)
+    assert result.exception is None, result.output
+    assert (tmp_path / "run" / "samples" / "prompts.txt").read_text() == f"{text}\n"

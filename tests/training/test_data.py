@@ -286,3 +286,141 @@ def test_captions_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     again = prepare(data, caption_all=write_captions(path, "default"))
     assert again.train[0].captions == ("my own words",)
     assert again.train[1].captions == found.train[1].captions
+
+
+@pytest.mark.parametrize(
+    "name", ["train-00000-of-00001", "test-00000-of-00001", "validation", "dev_1"]
+)
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_shards_tell_their_split_by_their_names(tmp_path: Path, name: str, kind: str) -> None:
+    split = {"tr": "train", "te": "test"}.get(name[:2], "validation")
+    if kind == "tar":
+        tar(tmp_path / f"{name}.tar", {"a.png": png(1), "a.txt": b"a cat"})
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        table = pyarrow.table({"image": [{"bytes": png(1), "path": "a"}], "text": ["a cat"]})
+        pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / f"{name}.parquet")
+    (example,), _ = read_examples(tmp_path)
+    assert example.split == split
+    (example,), _ = read_examples(next(tmp_path.glob(f"{name}*")))
+    assert example.split == ""  # who names one file wants it
+
+
+def test_names_that_only_begin_like_a_split(tmp_path: Path) -> None:
+    tar(tmp_path / "testament.tar", {"a.png": png(1), "a.txt": b"a cat"})
+    assert [each.split for each in read_examples(tmp_path)[0]] == [""]
+
+
+def test_a_year_is_no_count_of_repeats(tmp_path: Path) -> None:
+    write(tmp_path, {"2024_holiday/x.png": png(1), "cats/y.png": png(2), "cats/y.txt": "a cat"})
+    found, problems = read_examples(tmp_path)
+    assert {each.name: (each.captions, each.repeats) for each in found} == {
+        "2024_holiday/x.png": ((), 1),
+        "cats/y.png": (("a cat",), 1),
+    }
+    assert not problems
+
+
+def test_what_lies_beside_kohyas_folders_is_told_of(tmp_path: Path) -> None:
+    write(tmp_path, {"10_dog/x.png": png(1), "cats/y.png": png(2), "z.png": png(3)})
+    write(tmp_path, {"0_fish/f.png": png(4), "log/events.txt": "x"})
+    found, problems = read_examples(tmp_path)
+    assert [(each.name, each.repeats) for each in found] == [("10_dog/x.png", 10)]
+    assert {each.name: each.reason.split(":")[0] for each in problems} == {
+        "0_fish": "counts 0 times, and is left out",
+        "cats": "is left out beside folders such as 0_fish",
+        "z.png": "is left out beside folders such as 0_fish",
+    }
+
+
+def test_nothing_that_counts(tmp_path: Path) -> None:
+    write(tmp_path, {"0_dog/x.png": png(1)})
+    with pytest.raises(BadInput, match="counts 0 times"):
+        prepare(tmp_path)
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u0085", "\x0b", "\x1e"])
+def test_rows_end_at_line_feeds_alone(tmp_path: Path, mark: str) -> None:
+    text = f"a cafe{mark}at night"
+    row = json.dumps({"file_name": "a.png", "text": text}, ensure_ascii=False)
+    write(tmp_path / "one", {"metadata.jsonl": f"{row}\r\n", "a.png": png(1)})
+    write(
+        tmp_path / "two", {"metadata.csv": f"file_name,text\r\na.png,{text}\r\n", "a.png": png(1)}
+    )
+    for folder in ("one", "two"):
+        assert captions(prepare(tmp_path / folder)) == {"a.png": (text,)}
+
+
+def test_a_table_in_capitals(tmp_path: Path) -> None:
+    row = json.dumps({"file_name": "a.png", "text": "a cat"})
+    write(tmp_path, {"DATA.JSONL": row, "a.png": png(1)})
+    assert captions(prepare(tmp_path / "DATA.JSONL")) == {"a.png": ("a cat",)}
+
+
+def test_names_and_captions_that_no_file_can_hold(tmp_path: Path) -> None:
+    rows = [
+        {"file_name": "a.png", "text": "a cat \ud83d"},  # cut within a letter by JavaScript
+        {"file_name": "b\u0000.png", "text": "a dog"},
+    ]
+    lines = "\n".join(json.dumps(row) for row in rows)
+    write(tmp_path / "table", {"metadata.jsonl": lines, "a.png": png(1)})
+    found = prepare(tmp_path / "table")
+    assert captions(found) == {"a.png": ("a cat",)}
+    assert "null byte" in found.report.problems[0].reason
+    folder = tmp_path / "names"
+    folder.mkdir()
+    (folder / "caf\udce9.png").write_bytes(png(2))  # Latin-1, legal on Linux
+    (folder / "caf\udce9.txt").write_text("a cafe")
+    found = prepare(folder)
+    assert captions(found) == {"caf.png": ("a cafe",)}
+    json.dumps(found.report.as_dict(), ensure_ascii=False).encode()
+    assert found.train[0].open().size == (16, 16)
+
+
+def test_dots_in_the_names_of_a_shard(tmp_path: Path) -> None:
+    members = {"IMG.1.png": png(1), "IMG.1.txt": b"one", "IMG.2.png": png(2), "IMG.2.txt": b"two"}
+    members |= {"x.png": png(3), "x.seg.png": png(4), "x.txt": b"three"}  # a mask beside it
+    found, _ = read_examples(tar(tmp_path / "a.tar", members))
+    assert {each.name: each.captions for each in found} == {
+        "a.tar:IMG.1": ("one",),
+        "a.tar:IMG.2": ("two",),
+        "a.tar:x": ("three",),
+    }
+
+
+def test_json_without_end_in_a_shard(tmp_path: Path) -> None:
+    deep = b"[" * 100_000
+    members = {"a.png": png(1), "a.json": deep, "b.png": png(2), "b.txt": b"b"}
+    found, problems = read_examples(tar(tmp_path / "a.tar", members))
+    assert [each.name for each in found] == ["a.tar:b"] and problems[0].name == "a.tar:a"
+
+
+def test_a_folder_that_only_begins_like_a_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, {"~nobody_of_this_name/a.png": png(1), "~nobody_of_this_name/a.txt": "a"})
+    assert captions(prepare("~nobody_of_this_name")) == {"a.png": ("a",)}
+
+
+def test_captions_cut_within_a_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diptych.image_to_text.captioner import Captioner
+
+    class Fake:
+        def captions(self, images: Any) -> Any:
+            from types import SimpleNamespace
+
+            return [SimpleNamespace(text="written") for _ in images]
+
+    monkeypatch.setattr(Captioner, "load", lambda _: Fake())
+    write(tmp_path / "data", {"a.png": png(1), "b.png": png(2)})
+    path = tmp_path / "captions.jsonl"
+    found = prepare(tmp_path / "data", caption_all=write_captions(path, "default"))
+    assert set(captions(found).values()) == {("written",)}
+    lines = path.read_bytes().splitlines(keepends=True)
+    row = {**json.loads(lines[0]), "text": "é"}
+    first = json.dumps(row, ensure_ascii=False).encode()
+    path.write_bytes(first + b"\n" + '{"text": "é'.encode()[:-1])
+    found = prepare(tmp_path / "data", caption_all=write_captions(path, "default"))
+    assert sorted(captions(found).values()) == [("written",), ("é",)]
+    assert json.loads(path.read_bytes().splitlines()[-1])["text"] == "written"

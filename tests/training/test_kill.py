@@ -87,14 +87,27 @@ def test_what_a_kill_left_is_removed_wherever_it_lies(tmp_path: Path) -> None:
     from diptych.training.finetune import _tidy
 
     kept = [tmp_path / "model" / "config.json", tmp_path / "notes.partial"]
+    # Of the user: a run may be asked to write to a folder that holds other things.
+    kept += [
+        tmp_path / "docs" / ".thesis.docx.partial",
+        tmp_path / ".thesis.docx.partial",
+        tmp_path / "checkpoints" / ".git" / "HEAD",
+    ]
     left = [
         tmp_path / ".model.0a1b2c3d.partial" / "config.json",
+        tmp_path / f".{tmp_path.name}.0a1b2c3d.partial" / "x.safetensors",
         tmp_path / "model" / ".model.0a1b2c3d.partial" / "unet" / "config.json",
-        tmp_path / "checkpoints" / ".step-2" / "state",
+        tmp_path / "checkpoints" / ".step-00000002.old" / "state",
+        tmp_path / "checkpoints" / ".step-00000004.0a1b2c3d.partial" / "state",
+        tmp_path / ".metrics.jsonl.partial",
     ]
     for path in (*kept, *left):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
+    _tidy(tmp_path)  # no run was here
+    assert all(path.is_file() for path in (*kept, *left))
+    kept.append(tmp_path / "run.json")
+    kept[-1].write_text("{}")
     _tidy(tmp_path)
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diptych.errors import BadImage, BadInput
+from diptych.training.checkpoints import Checkpoint, Checkpoints
 from diptych.training.journal import read_rows
 from diptych.training.loop import fit
 from diptych.training.optimizers import Group
@@ -391,3 +392,23 @@ def test_no_step_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixt
     caplog.set_level(logging.WARNING)
     fit(Toy(tmp_path), options())
     assert not caplog.records
+
+
+def test_damaged_checkpoints_do_not_count(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path, keep=1)
+    kept.save(Checkpoint(300, {"a": torch.zeros(2)}, {}))
+    (tmp_path / "step-00000300" / "state.safetensors").write_bytes(b"x")
+    # The run begins anew, and what it saves stays.
+    kept.save(Checkpoint(100, {"a": torch.ones(2)}, {}))
+    found = kept.last()
+    assert found is not None and found.step == 100
+    assert kept.newest_step() == 100
+
+
+def test_the_latest_checkpoints_are_kept(tmp_path: Path) -> None:
+    for keep, left in ((1, [5]), (2, [4, 5]), (9, [1, 2, 3, 4, 5])):
+        kept = Checkpoints(tmp_path / str(keep), keep=keep)
+        for step in range(1, 6):
+            kept.save(Checkpoint(step, {"a": torch.ones(2)}, {}))
+        there = sorted(int(path.name[-8:]) for path in (tmp_path / str(keep)).iterdir())
+        assert there == left

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
+from diptych.training.journal import read_rows
 from diptych.training.report import write_report
 
 _WIDEST = 0.65  # of the font's size, a digit of common fonts
@@ -24,3 +26,10 @@ def test_numbers_beside_the_charts_have_room(tmp_path: Path) -> None:
     assert len(beside) == 9
     for x, size, text in beside:
         assert len(text) * size * _WIDEST <= x, text
+
+
+def test_rows_cut_within_a_letter(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = json.dumps({"step": 1, "sample": "a café\u2028at night"}, ensure_ascii=False)
+    path.write_bytes(f'{whole}\n{{"step": 2, "sample": "é'.encode()[:-1])
+    assert [row["step"] for row in read_rows(path)] == [1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -58,13 +58,13 @@ def caption(
     captioner = loading.load(Captioner.load)
     if verbose:
         complain(f"{captioner.model.name}: {captioner.networks.reason}")
+    reading: dict[str, Any] = {
+        "alpha": alpha,
+        "limits": ImageLimits(max_bytes=max_bytes, max_pixels=max_pixels),
+        "allow_urls": allow_urls,
+    }
     made = captioner.captions(
-        (each.source for each in inputs),
-        options,
-        batch_size=batch_size,
-        alpha=alpha,  # type: ignore[arg-type]
-        limits=ImageLimits(max_bytes=max_bytes, max_pixels=max_pixels),
-        allow_urls=allow_urls,
+        (each.source for each in inputs), options, batch_size=batch_size, **reading
     )
     printer = Printer(format, verbose=verbose, alone=len(inputs) == 1)
     failed = 0
@@ -76,7 +76,7 @@ def caption(
                     failed += 1
                     complain(f"{each.name}: {result.error.reason}")
                 elif heatmap is not None:
-                    draw_heatmap(result, each.source, heatmap)
+                    draw_heatmap(result, each.source, heatmap, reading)
                 advance()
     finally:
         printer.close()
@@ -125,11 +125,14 @@ def timed(captions: Iterator[Caption], batch_size: int) -> Iterator[tuple[Captio
         yield from ((caption, share) for caption in batch)
 
 
-def draw_heatmap(caption: Caption, source: Any, path: Path) -> None:
-    """Write one panel a word: the photo with the places that the word looked at."""
+def draw_heatmap(caption: Caption, source: Any, path: Path, reading: Mapping[str, Any]) -> None:
+    """Write one panel a word: the photo with the places that the word looked at.
+
+    `reading` is how to open the photo: the words of `open_image`.
+    """
     from diptych.images import contact_sheet, open_image, overlay_heatmap
 
-    photo = open_image(source)
+    photo = open_image(source, **reading)
     photo.thumbnail((320, 320))
     panels = [
         overlay_heatmap(photo, caption.heatmap(index), label=word)

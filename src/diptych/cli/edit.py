@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -139,6 +140,9 @@ def _edit(
     field, given = varied
     levels = _levels(field, given, has_grid=drawing.grid is not None)
     each = options.num_images_per_prompt
+    if levels and field == "strength" and options.seed is None:
+        # One for all: strengths are compared, not chance.
+        options = options.replace(seed=secrets.randbelow(2**32))
     asked = [options.replace(**{field: level}) for level in levels] or [options]
     pictures = len(inputs) * each * len(asked)
     names = FileNames(drawing.output, pictures)

@@ -36,7 +36,8 @@ class progress:
 
     def __init__(self, title: str, total: int, hide: bool = False) -> None:
         self.title, self.total = title, total
-        self.shown = total > 3 and not hide and sys.stderr.isatty()
+        # Without a terminal, or with a closed one, there is no stderr to look at.
+        self.shown = total > 3 and not hide and sys.stderr is not None and sys.stderr.isatty()
 
     def __enter__(self) -> Callable[[], None]:
         if not self.shown:

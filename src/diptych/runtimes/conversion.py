@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from diptych.errors import BadInput, UnsupportedModel
 from diptych.images import ImageInput, Preprocessing, preprocess
+from diptych.inputs import at_home
 from diptych.runtimes.network import require_torch
 from diptych.runtimes.storage import PRECISIONS
 from diptych.weights import catalog
@@ -273,7 +274,7 @@ def _task_of(model: str | Path) -> str | None:
     own = {catalog.DEFAULT: catalog.CAPTIONS, catalog.TURBO: catalog.PICTURES}
     if str(model) in own:
         return own[str(model)]
-    path = Path(model).expanduser()
+    path = at_home(model)
     if path.exists():
         return _task_of_path(path)
     known = catalog.known_model(str(model))

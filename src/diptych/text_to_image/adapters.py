@@ -35,13 +35,13 @@ class Adapters:
     @property
     def state(self) -> tuple[object, ...]:
         """Return what tells one state from another: words encoded in one hold there only."""
-        loras = tuple((id(each), each.scale) for each in self._loras)
-        return (loras, tuple(id(each) for each in self._learned.values()))
+        loras = tuple((each.number, each.scale) for each in self._at_work())
+        return (loras, tuple(each.number for each in self._learned.values()))
 
     @property
     def label(self) -> str:
         """Name the model and its LoRAs with their scales: both belong to a picture's recipe."""
-        loras = [f"{each.path.stem}:{each.scale:g}" for each in self._loras]
+        loras = [f"{each.path.stem}:{each.scale:g}" for each in self._at_work()]
         return " + ".join([self._name, *loras])
 
     def load_lora(self, path: str | Path, scale: float, *, fused: bool) -> LoraHandle:
@@ -56,6 +56,10 @@ class Adapters:
             if handle is None or each is handle:
                 each.remove()
                 self._loras.remove(each)
+
+    def _at_work(self) -> list[LoraHandle]:
+        """Return the LoRAs that were not removed by their handles."""
+        return [each for each in self._loras if each.updates]
 
     def learn(self, path: str | Path, token: str | None) -> str:
         from diptych.weights.adapters import add_embedding

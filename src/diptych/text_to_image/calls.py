@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -26,7 +26,13 @@ from diptych.text_to_image.options import (
     InpaintOptions,
     size_notes,
 )
-from diptych.text_to_image.orders import Subject, as_noise, is_single, take_orders
+from diptych.text_to_image.orders import (
+    Subject,
+    as_noise,
+    check_numbers,
+    is_single,
+    take_orders,
+)
 from diptych.text_to_image.painter import Call, OnError, Painter
 from diptych.text_to_image.schedules import NoiseSchedule
 from diptych.text_to_image.style import normalised, style_layers
@@ -101,6 +107,8 @@ class Calls:
         notes = size_notes(asked, resolved)
         # A strength is for what is made out of another picture.
         resolved = resolved.replace(strength=None)
+        if isinstance(prompts, Sized):
+            check_numbers(len(prompts), resolved.num_images_per_prompt, negative_prompt, noise)
         subjects = (Subject(prompt, resolved, notes) for prompt in prompts)
         return Call(take_orders(subjects, negative_prompt, noise), batch_size, on_error)
 
@@ -137,6 +145,8 @@ class Calls:
         native = Native(self.defaults, self._autoencoder.downsampling)
         resolved = native.resolve(asked)
         self._check(resolved, batch_size, on_error)
+        if count is not None:
+            check_numbers(count, resolved.num_images_per_prompt, negative_prompt, noise)
         # Drawn once for the call: its pictures count on from there.
         asked = asked.replace(seed=resolved.seed)
         if isinstance(asked, InpaintOptions):

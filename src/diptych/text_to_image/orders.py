@@ -13,7 +13,15 @@ from PIL import Image
 from diptych.errors import BadInput, DiptychError
 from diptych.text_to_image.options import GenerateOptions
 
-__all__ = ["Order", "Source", "Subject", "as_noise", "is_single", "take_orders"]
+__all__ = [
+    "Order",
+    "Source",
+    "Subject",
+    "as_noise",
+    "check_numbers",
+    "is_single",
+    "take_orders",
+]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,6 +121,25 @@ def take_orders(
         raise BadInput(
             f"latents hold the noise of {len(noise)} pictures, and {place} are asked for: give "
             "one for each"
+        )
+
+
+def check_numbers(
+    subjects: int,
+    pictures_each: int,
+    negatives: str | Sequence[str] | None,
+    noise: NDArray[np.float32] | None,
+) -> None:
+    """Raise `BadInput`, before any work, where the numbers of things to go together do not fit."""
+    if negatives is not None and not isinstance(negatives, str) and len(negatives) != subjects:
+        raise BadInput(
+            f"there are {len(negatives)} negative prompts for {subjects} prompts: give one text "
+            "for all, or one for each"
+        )
+    if noise is not None and len(noise) != subjects * pictures_each:
+        raise BadInput(
+            f"latents hold the noise of {len(noise)} pictures, and {subjects * pictures_each} are "
+            "asked for: give one for each"
         )
 
 

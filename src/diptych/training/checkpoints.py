@@ -73,11 +73,14 @@ class Checkpoints:
                 f"{self.folder}: a checkpoint of step {checkpoint.step} cannot be written "
                 f"({getattr(error, 'strerror', None) or error}). {self._what_is_left()}"
             ) from error
-        self._thin_out()
+        self._thin_out(target)
         return target
 
     def last(self) -> Checkpoint | None:
-        """Return the newest checkpoint that is whole, or None; damaged ones are told of."""
+        """Return the newest checkpoint that is whole, or None.
+
+        Damaged ones are told of and get another name, so that they count no more.
+        """
         for step, path in reversed(self._all()):
             reason = _fault(path)
             if reason is None:
@@ -86,6 +89,8 @@ class Checkpoints:
                 progress = json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
                 return Checkpoint(step, tensors, progress)
             logger.warning("%s is damaged (%s): the one before it is taken", path, reason)
+            with contextlib.suppress(OSError):
+                path.rename(path.with_name(f"damaged-{path.name}"))
         return None
 
     def newest_step(self) -> int | None:
@@ -99,8 +104,9 @@ class Checkpoints:
         found = [(m, path) for path in self.folder.iterdir() if (m := _NAME.fullmatch(path.name))]
         return sorted((int(match[1]), path) for match, path in found)
 
-    def _thin_out(self) -> None:
-        for _, path in self._all()[: -self._keep]:
+    def _thin_out(self, latest: Path) -> None:
+        others = [path for _, path in self._all() if path != latest]
+        for path in others[: max(0, len(others) + 1 - self._keep)]:
             # Renamed first, so that no half of it looks like a whole one.
             doomed = path.with_name(f".{path.name}.old")
             with contextlib.suppress(OSError):

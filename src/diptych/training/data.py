@@ -179,19 +179,21 @@ def write_captions(path: Path, model: str) -> CaptionAll:
         from diptych.image_to_text.captioner import Captioner
 
         known: dict[str, str] = {}
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                    known[row["sha256"]] = row["text"]
-                except (ValueError, KeyError, TypeError):
-                    continue  # a line cut off by a kill: that picture is captioned again
+        written = path.read_bytes() if path.is_file() else b""
+        for line in written.split(b"\n"):
+            try:
+                row = json.loads(line)
+                known[row["sha256"]] = row["text"]
+            except (ValueError, KeyError, TypeError):
+                continue  # a line cut off by a kill: that picture is captioned again
         missing = [each for each in items if each.digest not in known]
         if missing:
             captioner = Captioner.load(model)
             path.parent.mkdir(parents=True, exist_ok=True)
             made = captioner.captions(each.open() for each in missing)
             with path.open("a", encoding="utf-8") as file:
+                if written and not written.endswith(b"\n"):
+                    file.write("\n")
                 for item, caption in zip(missing, made, strict=True):
                     row = {"file_name": item.name, "sha256": item.digest, "text": caption.text}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -208,8 +210,9 @@ def write_captions(path: Path, model: str) -> CaptionAll:
 def _read(example: Example) -> bytes:
     try:
         return example.source.read()
-    except OSError as error:
-        raise BadImage(example.name, f"cannot be read ({error.strerror or error})") from error
+    except (OSError, ValueError) as error:  # a null byte in a name is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise BadImage(example.name, f"cannot be read ({reason})") from error
 
 
 def _opened(name: str, data: bytes) -> Image.Image:

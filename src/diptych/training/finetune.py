@@ -6,9 +6,10 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 
 from diptych import __version__
 from diptych.errors import BadInput
+from diptych.inputs import at_home
 from diptych.runtimes.on_torch import best_device
 from diptych.training.checkpoints import Checkpoints, locked, write_whole
 from diptych.training.data import Advance, Dataset, prepare, write_captions
@@ -40,6 +42,24 @@ class Reporting:
     tell: Callable[[dict[str, Any]], None] | None = None
     note: Callable[[str], None] = logger.info
     advance: Callable[[int], Advance] | None = field(default=None)
+
+
+def _lasting(reporting: Reporting) -> Reporting:
+    """Return one that goes on in silence where those who are told have left: `… 2>&1 | head`."""
+    tell, advance = reporting.tell, reporting.advance
+    return Reporting(
+        tell=None if tell is None else _silenced(tell),
+        note=_silenced(reporting.note),
+        advance=None if advance is None else lambda total: _silenced(advance(total)),
+    )
+
+
+def _silenced(tell: Callable[..., None]) -> Callable[..., None]:
+    def told(*words: Any) -> None:
+        with suppress(BrokenPipeError):
+            tell(*words)
+
+    return told
 
 
 def finetune_generator(
@@ -235,7 +255,7 @@ def _run(
 ) -> Iterator[_Run]:
     """Enter the folder of a run, alone; leave a note of what is done there."""
     bound_kernel_cache()
-    folder = folder.expanduser()
+    folder = at_home(folder)
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder}: is a file: give a folder to write to")
     if Path(data).is_dir() and folder.resolve().is_relative_to(Path(data).resolve()):
@@ -262,7 +282,7 @@ def _run(
                 "options": options.as_dict(),
             }
             place = folder, options, as_device(_device(device)), workers
-            run = _Run(*place, resume, reporting or Reporting(), document)
+            run = _Run(*place, resume, _lasting(reporting or Reporting()), document)
             if step is None:  # a run that goes on may yet be refused
                 run.note()
             yield run
@@ -276,13 +296,27 @@ def _run(
 
 
 def _tidy(folder: Path) -> None:
-    """Remove what a kill left half-written; nobody else is at work here."""
-    # Also within `model`, which is written beside its own older files.
-    for path in [*folder.rglob(".*.partial"), *(folder / "checkpoints").glob(".*")]:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    """Remove what a kill of a run left half-written; nobody else is at work here.
+
+    By names that only a run gives, in the places where it writes: other files may lie there too.
+    """
+    if not (folder / "run.json").is_file():
+        return
+    whole = rf"\.(model|{re.escape(folder.name)})\.[0-9a-f]{{8}}\.partial"
+    small = r"\.((run|dataset|pictures)\.json|metrics\.jsonl|report\.html)\.partial"
+    places = {
+        folder: rf"{whole}|{small}",
+        folder / "model": whole,  # which is written beside its own older files
+        folder / "checkpoints": r"\.step-\d+\.([0-9a-f]{8}\.partial|old)",
+    }
+    for place, names in places.items():
+        for path in place.iterdir() if place.is_dir() else ():
+            if not re.fullmatch(names, path.name):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _device(device: str) -> str:

@@ -8,6 +8,7 @@ that hold the pictures themselves. A folder without any captions is read too: th
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import tarfile
@@ -18,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from diptych.errors import BadInput, MissingExtra
-from diptych.inputs import PICTURE_SUFFIXES
+from diptych.inputs import PICTURE_SUFFIXES, at_home
 
 __all__ = ["Example", "Problem", "Source", "read_examples"]
 
@@ -27,6 +28,7 @@ _FILE_COLUMNS = ("file_name", "file", "image", "image_path", "path", "filename")
 _TEXT_COLUMNS = ("text", "caption", "captions", "prompt", "sentences")
 _SIDECARS = (".txt", ".caption")
 _KOHYA = re.compile(r"(\d{1,5})_(.+)", re.DOTALL)
+_MOST_REPEATS = 1000  # more is a year, or another number
 _SPLITS = {
     "train": "train",
     "training": "train",
@@ -36,6 +38,7 @@ _SPLITS = {
     "dev": "validation",
     "test": "test",
 }
+_SPLIT_FILE = re.compile(rf"({'|'.join(_SPLITS)})(?=[-_.]|$)")
 _MOST_TEXT = 1 << 20  # bytes of one caption file
 
 
@@ -94,10 +97,14 @@ class Problem:
 
 @dataclass
 class _Reading:
-    """Hold the words for columns, and what was found wrong on the way."""
+    """Hold the words for columns, and what was found wrong on the way.
+
+    `splits_by_name` says that files of several pictures tell by their names what they are for.
+    """
 
     image_column: str | None = None
     caption_column: str | None = None
+    splits_by_name: bool = False
     problems: list[Problem] = field(default_factory=list)
 
     def texts(self, row: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -107,7 +114,7 @@ class _Reading:
             if column in row:
                 value = row[column]
                 several = value if isinstance(value, list | tuple) else [value]
-                return tuple(text.strip() for text in several if isinstance(text, str))
+                return tuple(_clean(text).strip() for text in several if isinstance(text, str))
         return None
 
     def file(self, row: Mapping[str, Any]) -> str | None:
@@ -126,12 +133,13 @@ def read_examples(
     No picture is opened. The order is by name, whatever the file system gives. Raises `BadInput`
     where there is nothing of the kind, `MissingExtra` for parquet without pyarrow.
     """
-    data = Path(data).expanduser()
+    data = at_home(data)
     reading = _Reading(image_column, caption_column)
     try:
         if data.is_file():
             examples = list(_from_file(data, reading))
         elif data.is_dir():
+            reading.splits_by_name = True
             examples = list(_from_folder(data, reading))
         else:
             raise BadInput(f"{data}: there is no such folder or file of pictures")
@@ -165,13 +173,35 @@ def _from_folder(folder: Path, reading: _Reading) -> Iterator[Example]:
             for file in files:
                 yield from read(file, reading)
             return
-    kohya = [(each, match) for each in _folders(folder) if (match := _KOHYA.fullmatch(each.name))]
-    if kohya:
-        for each, match in kohya:
-            words = (match[2].strip(),)
-            yield from _beside(each, folder, reading, repeats=int(match[1]), otherwise=words)
-        return
-    yield from _beside(folder, folder, reading)
+    counted = {
+        each: match
+        for each in _folders(folder)
+        if (match := _KOHYA.fullmatch(each.name)) and int(match[1]) <= _MOST_REPEATS
+    }
+    if counted:
+        yield from _kohya(folder, counted, reading)
+    else:
+        yield from _beside(folder, folder, reading)
+
+
+def _kohya(
+    folder: Path, counted: Mapping[Path, re.Match[str]], reading: _Reading
+) -> Iterator[Example]:
+    """Read folders that tell how often they count; what lies beside them is told of."""
+    for each, match in counted.items():
+        repeats, words = int(match[1]), (_clean(match[2]).strip(),)
+        found = list(_beside(each, folder, reading, repeats=repeats, otherwise=words))
+        if repeats:
+            yield from found
+        elif found:
+            reading.problems.append(Problem(_clean(each.name), "counts 0 times, and is left out"))
+    first = min(_clean(each.name) for each in counted)
+    reason = f"is left out beside folders such as {first}: name it so too, or move it elsewhere"
+    others = [each for each in _folders(folder) if each not in counted]
+    others += [each for each in sorted(folder.iterdir()) if _is_picture(each)]
+    for other in others:
+        if not other.name.startswith(".") and (other.is_file() or _pictures_below(other)):
+            reading.problems.append(Problem(_clean(other.name), reason))
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -190,10 +220,11 @@ def _tables_in(folders: Iterable[Path]) -> list[Path]:
 
 def _table(path: Path, reading: _Reading) -> Iterator[Example]:
     """Read a table with one row a picture; rows of the same file are one picture."""
-    if path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
         yield from _parquet(path, reading)
         return
-    rows = _json_rows(path, reading) if path.suffix == ".jsonl" else _csv_rows(path)
+    rows = _json_rows(path, reading) if suffix == ".jsonl" else _csv_rows(path)
     found: dict[str, tuple[list[str], str, int]] = {}
     for number, row in rows:
         name = reading.file(row)
@@ -205,13 +236,14 @@ def _table(path: Path, reading: _Reading) -> Iterator[Example]:
             )
             continue
         if not _is_inside(name):
-            reading.problems.append(Problem(name[:100], "leads out of the folder of the data"))
+            problem = Problem(_clean(name)[:100], "leads out of the folder of the data")
+            reading.problems.append(problem)
             continue
         captions, _, _ = found.setdefault(name, ([], _split(row, path), number))
         captions += [text for text in texts or () if text not in captions]
     for name, (captions, split, _) in found.items():
         kept = tuple(text for text in captions if text)
-        yield Example(name, Stretch(path.parent / name), kept, split=split)
+        yield Example(_clean(name), Stretch(path.parent / name), kept, split=split)
 
 
 def _is_inside(name: str) -> bool:
@@ -226,8 +258,20 @@ def _split(row: Mapping[str, Any], path: Path) -> str:
     return _SPLITS.get(path.parent.name.lower(), "")
 
 
+def _split_of_file(path: Path, reading: _Reading) -> str:
+    """Return what the name of a shard tells, as in train-00000-of-00002.parquet."""
+    told = _SPLIT_FILE.match(path.stem.lower()) if reading.splits_by_name else None
+    return _SPLITS[told[1]] if told else ""
+
+
+def _clean(text: str) -> str:
+    """Return `text` without what no file can hold: names of bytes, halves of letters."""
+    return text.encode("utf-8", "ignore").decode()
+
+
 def _json_rows(path: Path, reading: _Reading) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(_text(path, whole=True).splitlines(), 1):
+    # By line feeds alone: a text may hold other characters that end lines elsewhere.
+    for number, line in enumerate(_text(path, whole=True).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -241,7 +285,7 @@ def _json_rows(path: Path, reading: _Reading) -> Iterator[tuple[int, dict[str, A
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    lines = _text(path, whole=True).splitlines(keepends=True)
+    lines = io.StringIO(_text(path, whole=True), newline="")
     try:
         for number, row in enumerate(csv.DictReader(lines), 2):
             yield number, dict(row)
@@ -274,15 +318,8 @@ def _beside(
     repeats: int = 1,
     otherwise: tuple[str, ...] = (),
 ) -> Iterator[Example]:
-    pictures = sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in PICTURE_SUFFIXES
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    )
-    for picture in pictures:
-        name = str(picture.relative_to(root))
+    for picture in _pictures_below(folder):
+        name = _clean(str(picture.relative_to(root)))
         try:
             captions = _captions_beside(picture)
         except BadInput as error:
@@ -291,12 +328,25 @@ def _beside(
         yield Example(name, Stretch(picture), captions or otherwise, repeats)
 
 
+def _pictures_below(folder: Path) -> list[Path]:
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if _is_picture(file)
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
+
+
+def _is_picture(file: Path) -> bool:
+    return file.suffix.lower() in PICTURE_SUFFIXES and file.is_file()
+
+
 def _captions_beside(picture: Path) -> tuple[str, ...]:
     for ending in _SIDECARS:
         # `photo.txt`, and for those who keep the whole name, `photo.jpg.txt`.
         for file in (picture.with_suffix(ending), picture.with_name(picture.name + ending)):
             if file.is_file():
-                lines = (line.strip() for line in _text(file).splitlines())
+                lines = (_clean(line).strip() for line in _text(file).splitlines())
                 return tuple(dict.fromkeys(line for line in lines if line))
     return ()
 
@@ -315,11 +365,27 @@ def _shard(path: Path, reading: _Reading) -> Iterator[Example]:
                 if member.isfile() and key:
                     members.setdefault(f"{folder}/{key}".lstrip("/"), {})[ending.lower()] = member
             for key, parts in members.items():
-                yield from _sample(path, tar, key, parts, reading)
+                for name, own in _keyed(key, parts):
+                    yield from _sample(path, tar, name, own, reading)
     except tarfile.TarError as error:
         raise BadInput(
             f"{path}: is no uncompressed tar, or a damaged one ({error}): write it anew"
         ) from error
+
+
+def _keyed(
+    key: str, parts: dict[str, tarfile.TarInfo]
+) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """Yield the samples of a key: one, unless dots in names hide what its pictures are."""
+    dotted = [each for each in parts if f".{each.rpartition('.')[2]}" in PICTURE_SUFFIXES]
+    if not dotted or any("." not in each for each in dotted):
+        yield key, parts
+        return
+    found: dict[str, dict[str, tarfile.TarInfo]] = {}
+    for each, member in parts.items():
+        middle, _, ending = each.rpartition(".")
+        found.setdefault(f"{key}.{middle}", {})[ending] = member
+    yield from found.items()
 
 
 def _sample(
@@ -332,7 +398,7 @@ def _sample(
     pictures = [each for each in parts if f".{each}" in PICTURE_SUFFIXES]
     if not pictures:
         return
-    picture, name = parts[pictures[0]], f"{path.name}:{key}"
+    picture, name = parts[pictures[0]], _clean(f"{path.name}:{key}")
     source = Stretch(path, picture.offset_data, picture.size)
     try:
         captions: tuple[str, ...] = ()
@@ -347,10 +413,10 @@ def _sample(
                 row = json.loads(text)
                 texts = reading.texts(row) if isinstance(row, dict) else None
                 captions = tuple(each for each in texts or () if each)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         reading.problems.append(Problem(name, f"its caption is not UTF-8 or no JSON ({error})"))
         return
-    yield Example(name, source, captions)
+    yield Example(name, source, captions, split=_split_of_file(path, reading))
 
 
 # --- parquet --------------------------------------------------------------------------------------
@@ -371,11 +437,12 @@ def _parquet(path: Path, reading: _Reading) -> Iterator[Example]:
     wanted = [name for name in names if name != column or is_text]
     for number, row in enumerate(table.read(columns=wanted).to_pylist()):
         captions = tuple(text for text in reading.texts(row) or () if text)
-        split = _split(row, path)
+        split = _split(row, path) or _split_of_file(path, reading)
         if is_text:
             name = str(row[column])
             if _is_inside(name):
-                yield Example(name, Stretch(path.parent / name), captions, split=split)
+                source: Source = Stretch(path.parent / name)
+                yield Example(_clean(name), source, captions, split=split)
             else:
                 reading.problems.append(Problem(name[:100], "leads out of the folder of the data"))
         else:

@@ -311,7 +311,7 @@ class GeneratorTask:
         (folder / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
         generator = self._painter(self.learning.tokenizers)
         for number, prompt in enumerate(prompts):
-            drawn = self._drawn(generator, prompt, number)
+            drawn = self._drawn(generator, self._wording.as_prompt(prompt), number)
             drawn.save(folder / f"step-{step:08d}-{number}.png")
         self._resting.rest()
 

@@ -59,7 +59,7 @@ class Journal:
 def read_rows(path: Path) -> list[Row]:
     """Return the whole rows of a file; a kill may have cut the last one."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().split(b"\n")
     except OSError:
         return []
     rows = []

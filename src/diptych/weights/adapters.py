@@ -10,10 +10,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diptych.errors import BadInput, UnsupportedModel, WeightsMismatch
+from diptych.inputs import at_home
 from diptych.weights.dialects.lora import UNSUPPORTED, Found, Place, Unplaced, find_places
 from diptych.weights.files import read_checkpoint
 from diptych.weights.pickles import read_embedding_pickle
@@ -43,6 +45,7 @@ _LORA_FILES = (
 _EMBEDDING_FILES = ("learned_embeds.safetensors", "learned_embeds.bin")
 _SHOWN = 5
 _NETWORKS = ("unet", "text_encoder", "text_encoder_2")
+_numbers = count()
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 # --- low-rank updates -----------------------------------------------------------------------------
@@ -56,6 +59,7 @@ class LoraHandle:
     scale: float
     fused: bool
     updates: list[tuple[Layer, LowRank, float]] = field(repr=False)  # and alpha / rank
+    number: int = field(default_factory=_numbers.__next__, repr=False)  # no other one has it
 
     def set_scale(self, scale: float) -> None:
         """Make the file count `scale` times from here on; 1 is what it was trained for."""
@@ -135,7 +139,7 @@ def _checked_scale(scale: float) -> float:
 
 
 def _file(path: str | Path, names: Sequence[str], what: str) -> Path:
-    path = Path(path).expanduser()
+    path = at_home(path)
     if path.is_dir():
         there = [path / name for name in names if (path / name).is_file()]
         there = there or sorted(path.glob("*.safetensors"))
@@ -258,6 +262,7 @@ class EmbeddingHandle:
     token: str
     ids: Mapping[str, tuple[int, ...]]
     modules: Mapping[str, nn.Module] = field(repr=False)
+    number: int = field(default_factory=_numbers.__next__, repr=False)
 
     def remove(self) -> None:
         """Take the rows away again, or leave them unused while later ones stand after them."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from diptych.errors import BadInput, UnknownModel, UnsupportedModel
+from diptych.inputs import at_home
 from diptych.weights import catalog
 from diptych.weights.files import ModelFolder, describe
 from diptych.weights.generator_files import GeneratorFolder
@@ -98,10 +99,10 @@ def resolve_kind(
             raise UnknownModel(_no_default(kind))
         return kind.describe(folder, name, None)
     # os.path, because a name too long for a path, or of an unknown user, is merely not there.
-    path = os.path.expanduser(name)  # noqa: PTH111
+    path = at_home(name)
     if name and os.path.exists(path):  # noqa: PTH110
         _refuse_revision(name, revision)
-        return kind.describe(Path(path), name, None)
+        return kind.describe(path, name, None)
     known = catalog.known_model(name, kind.task)
     model_id = known.id if known else name
     if not _MODEL_ID.fullmatch(model_id) or isinstance(name_or_path, Path):
@@ -121,7 +122,7 @@ def resolve_file(name_or_path: str | os.PathLike[str]) -> Path:
     from huggingface_hub import errors, hf_hub_download
 
     name = os.fspath(name_or_path)
-    path = Path(os.path.expanduser(name))  # noqa: PTH111
+    path = at_home(name)
     if path.is_file():
         return path
     if not _FILE.fullmatch(name) or ".." in name or isinstance(name_or_path, Path):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from diptych.errors import UnknownModel, UnsupportedModel, WeightsMismatch
+from diptych.inputs import at_home
 from diptych.models.gpt2 import Gpt2
 from diptych.models.vision_encoder_decoder import VisionEncoderDecoder
 from diptych.models.vit import ViT
@@ -96,7 +97,7 @@ def load_parts(
 
 
 def _folder(name: str | Path) -> Path:
-    path = Path(name).expanduser()
+    path = at_home(name)
     if path.is_dir():
         return path
     from huggingface_hub import snapshot_download

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from diptych.errors import UnknownModel
+from diptych.inputs import at_home
 from diptych.models.tiny_vae import TinyVae, TinyVaeConfig
 from diptych.weights.dialects import tiny_vae
 from diptych.weights.files import contents, read_checkpoint, read_document
@@ -23,7 +24,7 @@ def load_tiny_vae(folder: str | Path, device: str = "cpu") -> TinyVae:
     Raises `UnknownModel` where there is none, `UnsupportedModel` for another kind of network and
     `WeightsMismatch` for weights that are not its own.
     """
-    folder = Path(folder).expanduser()
+    folder = at_home(folder)
     path = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if path is None or not (folder / "config.json").is_file():
         found = f" ({contents(folder)})" if folder.is_dir() else ""
