@@ -457,3 +457,27 @@ def test_the_shared_collection(opener: Opener, tmp_path: Path) -> None:
 
     readable = {row["file"] for row in rows if row["pillow"] == "ok" and row["format"] in FORMATS}
     assert readable - ok == set()
+
+
+def test_scans_of_a_jpeg_that_is_not_progressive() -> None:
+    """Each decodes every block once more: 20 kB would be seconds, a megabyte minutes."""
+    from diptych.errors import BadImage
+    from diptych.images import open_image
+
+    data = io.BytesIO()
+    Image.new("RGB", (512, 512)).save(data, "JPEG")
+    jpeg = data.getvalue()
+    assert open_image(jpeg).size == (512, 512)
+    start = jpeg.index(b"\xff\xda")
+    again = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00"
+    scans = limits_of(jpeg) + 1
+    bomb = jpeg[:start] + again * scans + jpeg[start:]
+    with pytest.raises(BadImage, match=r"JPEG of more than \d+ scans"):
+        open_image(bomb)
+
+
+def limits_of(jpeg: bytes) -> int:
+    from diptych.images import ImageLimits
+
+    with Image.open(io.BytesIO(jpeg)) as image:
+        return max(4, ImageLimits().max_scan_pixels // (image.width * image.height))

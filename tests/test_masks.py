@@ -171,3 +171,21 @@ def test_a_white_mask_that_is_nowhere_transparent_is_white(mode: str) -> None:
     assert found.min() == 1
     found, _ = open_mask(Image.new(mode, SIZE, "black"), SIZE)
     assert found.max() == 0
+
+
+def test_long_and_thin_pictures_are_cropped_without_being_scaled_whole() -> None:
+    """40,000 x 1 pixels to 512 x 512 would be ten thousand million of them on the way."""
+    wide = Image.fromarray(RANDOM.integers(0, 256, (1, 40_000, 3), dtype=np.uint8))
+    assert fit(wide, (512, 512), "crop").size == (512, 512)
+
+
+def test_a_crop_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    for size in ((90, 40), (40, 90), (37, 81)):
+        picture = Image.fromarray(RANDOM.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+        monkeypatch.setattr("diptych.canvas._MOST_SCALED", 1 << 26)
+        whole = np.asarray(fit(picture, (64, 64), "crop"), np.int16)
+        monkeypatch.setattr("diptych.canvas._MOST_SCALED", 0)
+        part = np.asarray(fit(picture, (64, 64), "crop"), np.int16)
+        # At its edges it sees nothing of what is cropped away.
+        assert np.abs(whole - part)[6:-6, 6:-6].max() <= 1
+        assert np.abs(whole - part).mean() < 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,9 @@ Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels, the last two outside."""
 
 
+_MOST_SCALED = 1 << 26  # pixels
+
+
 def fit(image: Image.Image, size: tuple[int, int], mode: str = "resize") -> Image.Image:
     """Return the picture at `size` (width, height): stretched, cropped, or padded at its edges.
 
@@ -37,6 +40,12 @@ def fit(image: Image.Image, size: tuple[int, int], mode: str = "resize") -> Imag
     else:
         inner = max(1, image.width * height // image.height), height
     left, top = width // 2 - inner[0] // 2, height // 2 - inner[1] // 2
+    if mode == "crop" and inner[0] * inner[1] > _MOST_SCALED:
+        # Of a long and thin picture, what is cropped away is not worth computing.
+        box = (-left, -top, width - left, height - top)
+        each = (image.width / inner[0], image.height / inner[1])
+        source = tuple(edge * each[place % 2] for place, edge in enumerate(box))
+        return image.resize(size, Image.Resampling.LANCZOS, cast("Any", source))
     scaled = image.resize(inner, Image.Resampling.LANCZOS)
     if mode == "crop":
         return scaled.crop((-left, -top, width - left, height - top))

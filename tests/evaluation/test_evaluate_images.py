@@ -141,3 +141,18 @@ def test_a_picture_that_fails_counts_as_wrong(monkeypatch, render):
     result = generate_with(monkeypatch, FakeGenerator(render, broken=(3,)), "--count", 10)
     assert result.exit_code == 3
     assert json.loads(result.stdout)["overall"]["everything"]["share"] == 0.9
+
+
+def test_pictures_that_cannot_be_kept_do_not_cost_the_scores(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "a.png")
+    path = tmp_path / "pictures.jsonl"
+    path.write_text('{"file": "a.png", "prompt": "a red circle"}')
+    (tmp_path / "out" / "0000.png").mkdir(parents=True)
+    done = run(path, "--save-images", tmp_path / "out", "--format", "json")
+    assert done.exit_code == 3, done.output
+    assert "0000.png: cannot be written" in done.stderr
+    found = json.loads(done.stdout)  # strictly: NaN would be no JSON elsewhere
+    assert found["tasks"]["single object"]["chance_dealt"] is None
+    assert "NaN" not in done.stdout

@@ -475,3 +475,12 @@ def test_a_bad_line_is_named(tmp_path, text, complaint):
 def test_a_picture_for_every_prompt():
     with pytest.raises(BadInput, match="0 pictures for 1 prompts"):
         report(evaluation_prompts(1), [])
+
+
+def test_stripes_are_judged_too() -> None:
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    checks = np.indices((64, 64)).sum(0) % 2
+    for pixels in (stripes, stripes[:, :, :1].repeat(3, 2).swapaxes(0, 1), checks[..., None] * 255):
+        image = Image.fromarray(np.broadcast_to(pixels, (64, 64, 3)).astype(np.uint8))
+        find_objects(image)

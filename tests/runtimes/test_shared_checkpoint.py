@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diptych.errors import UnsupportedModel, WeightsMismatch
+from diptych.errors import QualityLoss, UnsupportedModel, WeightsMismatch
 from diptych.models.lora import LowRank, layers
 from diptych.runtimes.export_generator import add_edition, export_generator
 from diptych.runtimes.network import open_generator_networks
@@ -141,3 +141,20 @@ def test_links_of_the_hub_are_followed(own: Path, tmp_path: Path) -> None:
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path.rename(blobs / str(number)))
     verify(describe_generator(commit))
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_pictures_of_no_numbers_are_no_export(tmp_path: Path, broken: float) -> None:
+    modules = make_modules("diptych")
+    with torch.no_grad():
+        next(modules["unet"].parameters()).fill_(broken)
+    with pytest.raises(QualityLoss, match=r"at 0\.0 dB"):
+        export_generator(modules, make_model(modules, "diptych"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_saved_over_an_artifact_is_what_loads(own: Path) -> None:
+    modules = make_modules("diptych")
+    save_generator(modules, make_model(modules, "diptych"), own, dtype="float16")
+    found = describe_generator(own)
+    assert found.weights and not found.networks

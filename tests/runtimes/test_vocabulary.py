@@ -34,7 +34,7 @@ def test_words_are_those_of_photos() -> None:
 def test_kept_words_are_written_with_the_same_tokens(tmp_path: Path) -> None:
     whole = Gpt2Tokenizer.load(DEFAULT)
     generation = {"decoder_start_token_id": 0, "eos_token_id": [0], "max_length": 9}
-    kept = kept_tokens(DEFAULT, generation, CAPTION.split())
+    kept = kept_tokens(DEFAULT, generation, CAPTION.split(), 1 << 20)
     assert 256 < len(kept) < 400
     write_tokenizer(DEFAULT, tmp_path / "tokenizer.json", kept)
     cut = Gpt2Tokenizer.load(tmp_path / "tokenizer.json")
@@ -81,7 +81,8 @@ def test_a_cut_model_says_the_same_in_kept_words(
     assert Gpt2Tokenizer.load(cut.tokenizer).vocab_size == vocabulary["kept"]
     export(captioner, tmp_path / "whole")
     whole = describe(tmp_path / "whole")
-    kept = kept_tokens(whole.tokenizer, whole.generation, ["dog", "grass"])
+    rows = whole.config["decoder"]["vocab_size"]
+    kept = kept_tokens(whole.tokenizer, whole.generation, ["dog", "grass"], rows)
     images = np.random.default_rng(1).standard_normal((3, 3, 32, 32)).astype(np.float32)
     networks = open_networks(whole)
     logits = []
@@ -112,3 +113,12 @@ def test_the_edge_profile_is_small_and_told(module: Make, export: Make, tmp_path
     stated = json.loads((tmp_path / "edge" / "export.json").read_text())
     assert stated["vocabulary"] == report["vocabulary"]
     assert not [path for path in (tmp_path / "edge").iterdir() if path.is_dir()]
+
+
+def test_ids_without_a_row_are_left_out() -> None:
+    generation = {"decoder_start_token_id": 0, "eos_token_id": 50256, "pad_token_id": [0, 50256]}
+    rows = 300
+    kept = kept_tokens(DEFAULT, generation, CAPTION.split(), rows)
+    assert kept.max() < rows
+    cut = cut_generation(generation, kept)
+    assert cut["eos_token_id"] is None and cut["pad_token_id"] == [0]

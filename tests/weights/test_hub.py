@@ -444,3 +444,20 @@ def test_file_that_breaks_off(
     monkeypatch.setattr("huggingface_hub.hf_hub_download", broken)
     with pytest.raises(kind, match=said):
         resolve_file("owner/model/alex.pth")
+
+
+def test_a_part_that_others_fetched_is_not_all(online: Hub, checkpoint: Path) -> None:
+    """transformers fetches what it is asked for: tokenizer and weights, say, and no more."""
+    (checkpoint / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3]}')
+    online.models["owner/model"] = {"main": checkpoint, OTHER: checkpoint}
+    model = resolve("owner/model")
+    (model.path / "preprocessor_config.json").unlink()
+    assert resolve("owner/model").preprocessing["image_mean"] == [0.1, 0.2, 0.3]
+
+
+def test_what_a_model_does_not_have_is_not_asked_for_again(online: Hub, checkpoint: Path) -> None:
+    (checkpoint / "preprocessor_config.json").unlink(missing_ok=True)
+    online.models["owner/model"] = {"main": checkpoint, OTHER: checkpoint}
+    model = resolve("owner/model")
+    online.asked.clear()
+    assert resolve("owner/model") == model and online.asked == []

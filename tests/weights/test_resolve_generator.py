@@ -189,6 +189,7 @@ def test_which_weights_are_fetched(
 
 def test_what_is_fetched_of_an_artifact() -> None:
     files = ["artifact.json", "unet.onnx", "unet.onnx.data", "tokenizer/tokenizer.json"]
+    files += ["turbo.safetensors", "unet_turbo.onnx"]  # of an edition
     found = _needed([*files, "evil.py", "sub/x.onnx", "tokenizer/evil.py"], "x", variant=None)
     assert sorted(found) == sorted(files)
 

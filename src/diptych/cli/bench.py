@@ -44,6 +44,7 @@ def bench(
 
 def _print_table(timings: list[Timing]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from diptych.runtimes.cores import available_cores
@@ -52,7 +53,8 @@ def _print_table(timings: list[Timing]) -> None:
     for each in timings:
         seconds = "-" if each.median_s is None else f"{each.median_s:.3f}"
         note = f"auto takes this one: {each.note}" if each.chosen else each.note
-        table.add_row(each.model, each.work, each.runtime, each.dtype, seconds, note)
+        words = (each.model, each.work, each.runtime, each.dtype, seconds, note)
+        table.add_row(*map(escape, words))  # brackets of an extra are no style
     console = Console()
     if not console.is_terminal:
         console = Console(width=220)  # sentences are for reading: never cut one

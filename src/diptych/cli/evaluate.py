@@ -67,7 +67,11 @@ def evaluate_captions(
     if save_captions is not None:
         rows = zip(described, texts, strict=True)
         lines = [json.dumps({"file": str(d.path), "text": text}) + "\n" for d, text in rows]
-        save_captions.write_text("".join(lines), encoding="utf-8")
+        try:
+            save_captions.write_text("".join(lines), encoding="utf-8")
+        except OSError as error:  # the scores are told all the same
+            complain(f"{save_captions}: cannot be written ({error.strerror or error})")
+            failed += 1
     found = report(texts, [each.captions for each in described])
     if format is not Format.text:
         print(json.dumps(found.as_dict(), indent=2 if format is Format.json else None))
@@ -84,6 +88,7 @@ app.command("style")(evaluate_style)
 def print_report(found: CaptionReport) -> None:
     """Print the scores as a table, blind baselines below them."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     names = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d", "length_ratio")
@@ -91,10 +96,11 @@ def print_report(found: CaptionReport) -> None:
     rows_of_scores = {
         "captions": found.scores,
         "blind: dealt to wrong pictures": found.blind,
-        f"constant: {found.constant_caption}": found.constant,
+        f"constant: {escape(found.constant_caption)}": found.constant,
     }
     for title, scores in rows_of_scores.items():
-        table.add_row(title, *(f"{getattr(scores, name):.4f}" for name in names))
+        if scores is not None:
+            table.add_row(title, *(f"{getattr(scores, name):.4f}" for name in names))
     Console(width=160).print(table)
     low, high = found.cider_d_interval
     print(

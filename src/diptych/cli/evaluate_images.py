@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -59,7 +59,7 @@ def evaluate_images(
         _make_folder(save_images)
     if pictures is not None:
         prompts, files = read_scene_prompts(pictures)
-        seen, failed = read_pictures(files)
+        seen = read_pictures(files)
     else:
         from diptych.text_to_image.generator import ImageGenerator
 
@@ -71,10 +71,14 @@ def evaluate_images(
         repeats = range(options.num_images_per_prompt)
         prompts = [each for each in evaluation_prompts(count, prompts_seed) for _ in repeats]
         options = options.replace(num_images_per_prompt=1, seed=options.seed or 0)
-        seen, failed = draw_pictures(generator, prompts, options, batch_size)
-    found = report(prompts, seen)
-    if save_images is not None:
-        _save(save_images, prompts, seen, found)
+        seen = draw_pictures(generator, prompts, options, batch_size)
+    keeping = _Keeping(save_images)
+    found = report(prompts, keeping.each(seen))
+    if keeping.missing == len(prompts):
+        if pictures is None:
+            raise DiptychError("not one of the pictures could be made")
+        raise BadInput("not one of the pictures can be read: paths are relative to the JSON lines")
+    failed = keeping.missing + keeping.end(prompts, found)
     if format is not Format.text:
         print(json.dumps(found.as_dict(), indent=2 if format is Format.json else None))
     else:
@@ -83,21 +87,16 @@ def evaluate_images(
         raise typer.Exit(SOME_FAILED)
 
 
-def read_pictures(files: Sequence[Path]) -> tuple[list[Image.Image], int]:
-    """Return every picture, a blank one where it cannot be read, and how many could not."""
+def read_pictures(files: Sequence[Path]) -> Iterator[Image.Image | None]:
+    """Yield every picture, None where it cannot be read."""
     from diptych.images import open_image
 
-    seen, failed = [], 0
     for path in files:
         try:
-            seen.append(open_image(path))
+            yield open_image(path)
         except DiptychError as error:
-            failed += 1
             complain(f"{path}: {error}")
-            seen.append(_nothing())
-    if failed == len(files):
-        raise BadInput("not one of the pictures can be read: paths are relative to the JSON lines")
-    return seen, failed
+            yield None
 
 
 def draw_pictures(
@@ -105,20 +104,51 @@ def draw_pictures(
     prompts: Sequence[ScenePrompt],
     options: Any,
     batch_size: int | None,
-) -> tuple[list[Image.Image], int]:
-    """Generate a picture for every prompt, picture i from seed + i; count those that failed."""
-    seen, failed = [], 0
+) -> Iterator[Image.Image | None]:
+    """Yield a picture for every prompt, picture i from seed + i; None for those that failed."""
     with progress("drawing", len(prompts)) as advance:
         texts = [each.prompt for each in prompts]
         for made in generator.images(texts, options, batch_size=batch_size):
             if made.error is not None:
-                failed += 1
                 complain(f"{made.prompt}: {made.error}")
-            seen.append(_nothing() if made.error is not None else made.image)
+            yield None if made.error is not None else made.image
             advance()
-    if failed == len(prompts):
-        raise DiptychError("not one of the pictures could be made")
-    return seen, failed
+
+
+class _Keeping:
+    """Write pictures to a folder as they come, where there is one, and count what is missing."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder, self.missing, self.is_asked = folder, 0, folder is not None
+
+    def each(self, pictures: Iterable[Image.Image | None]) -> Iterator[Image.Image]:
+        """Yield what is to be judged: blank pictures in the place of missing ones."""
+        for number, picture in enumerate(pictures):
+            self.missing += picture is None
+            shown = _nothing() if picture is None else picture
+            if self.folder is not None:
+                self._write(shown.save, f"{number:04}.png")
+            yield shown
+
+    def end(self, prompts: Sequence[ScenePrompt], found: AdherenceReport) -> int:
+        """Write lines that `evaluate images` reads back; return 1 where something was not kept."""
+        lines = []
+        for number, prompt in enumerate(prompts):
+            objects = [[each.colour, each.shape] for each in found.found[number]]
+            record = {"file": f"{number:04}.png", "prompt": prompt.prompt, "task": prompt.task}
+            passed = found.judgements[number].passed
+            lines.append(json.dumps({**record, "passed": passed, "found": objects}) + "\n")
+        if self.folder is not None:
+            self._write(lambda path: path.write_text("".join(lines), "utf-8"), "pictures.jsonl")
+        return int(self.is_asked and self.folder is None)
+
+    def _write(self, write: Callable[[Path], object], name: str) -> None:
+        assert self.folder is not None
+        try:
+            write(self.folder / name)
+        except OSError as error:  # the scores are told all the same
+            complain(f"{self.folder / name}: cannot be written ({error.strerror or error})")
+            self.folder = None
 
 
 def _nothing() -> Image.Image:
@@ -147,7 +177,8 @@ def _cells(score: Score) -> list[str]:
     low, high = score.interval
     guess = "" if score.guess is None else f"{score.guess:.1%}"
     interval = f"{low:.1%} to {high:.1%}"
-    return [f"{score.share:.1%}", interval, f"{score.dealt:.1%}", guess, str(score.num)]
+    dealt = "-" if score.dealt is None else f"{score.dealt:.1%}"
+    return [f"{score.share:.1%}", interval, dealt, guess, str(score.num)]
 
 
 def _make_folder(folder: Path) -> None:
@@ -155,21 +186,3 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"{folder}: no such folder can be made ({error})") from error
-
-
-def _save(
-    folder: Path,
-    prompts: Sequence[ScenePrompt],
-    seen: Sequence[Image.Image],
-    found: AdherenceReport,
-) -> None:
-    """Write the pictures, and lines that `evaluate images` reads back."""
-    lines = []
-    for number, (prompt, picture) in enumerate(zip(prompts, seen, strict=True)):
-        file = f"{number:04}.png"
-        picture.save(folder / file)
-        objects = [[each.colour, each.shape] for each in found.found[number]]
-        record = {"file": file, "prompt": prompt.prompt, "task": prompt.task}
-        passed = found.judgements[number].passed
-        lines.append(json.dumps({**record, "passed": passed, "found": objects}) + "\n")
-    (folder / "pictures.jsonl").write_text("".join(lines), encoding="utf-8")

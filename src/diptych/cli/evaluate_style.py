@@ -86,7 +86,7 @@ def evaluate_style(
 def read_pairs(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file of JSON lines, paths made relative to it; `BadInput` for others."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise BadInput(f"{path}: cannot be read ({reason})") from error
@@ -99,7 +99,7 @@ def read_pairs(path: Path) -> Iterator[dict[str, Any]]:
             given = {name: row.get(name) for name in ("content", "style", "result")}
             fits = all(isinstance(given[name], str) for name in ("content", "style"))
             fits = fits and isinstance(given["result"], str | None)
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             fits = False
         if not fits:
             raise BadInput(f"{path}, line {number}: give an object with 'content' and 'style'")

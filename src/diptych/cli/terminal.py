@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from enum import StrEnum
@@ -20,6 +21,7 @@ __all__ = [
     "progress",
 ]
 
+_LONGEST_NAME = 255  # bytes, of most file systems
 FAILED, USAGE, SOME_FAILED, INTERRUPTED = 1, 2, 3, 130
 
 
@@ -64,5 +66,7 @@ def check_writable(path: Path, suffixes: tuple[str, ...] = ()) -> None:
     """Raise `BadInput` before the work is done, not after it, for a file that cannot be written."""
     if suffixes and path.suffix.lower() not in suffixes:
         raise BadInput(f"{path}: give a name that ends in {' or '.join(suffixes)}")
-    if path.is_dir() or not path.absolute().parent.is_dir():
+    # os.path, for which a name that is too long is merely not there.
+    is_taken = os.path.isdir(path) or not os.path.isdir(path.absolute().parent)  # noqa: PTH112
+    if is_taken or len(os.fsencode(path.name)) > _LONGEST_NAME:
         raise BadInput(f"{path}: cannot be written; is it in a folder that exists?")

@@ -8,7 +8,7 @@ and what is scored by guessing only the thing that is asked.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,13 +67,13 @@ class Judgement:
 class Score:
     """Hold the share of `num` pictures that pass, its 95 % interval, and chance beside it.
 
-    `dealt`: the same pictures dealt to the wrong prompts. `guess`: the right objects, the rest
-    guessed; None where that says nothing.
+    `dealt`: the same pictures dealt to the wrong prompts; None without another prompt. `guess`: the
+    right objects, the rest guessed; None where that says nothing.
     """
 
     share: float
     interval: tuple[float, float]
-    dealt: float
+    dealt: float | None
     guess: float | None
     num: int
 
@@ -151,11 +151,14 @@ def _related(scene: Scene, members: Sequence[Sequence[FoundObject]]) -> bool:
 # --- all pictures ---------------------------------------------------------------------------------
 
 
-def report(prompts: Sequence[ScenePrompt], pictures: Sequence[Image.Image]) -> AdherenceReport:
-    """Judge B pictures by their B prompts, and by each other's for chance."""
-    if len(prompts) != len(pictures) or not prompts:
-        raise BadInput(f"{len(pictures)} pictures for {len(prompts)} prompts: give one for each")
+def report(prompts: Sequence[ScenePrompt], pictures: Iterable[Image.Image]) -> AdherenceReport:
+    """Judge B pictures by their B prompts, and by each other's for chance.
+
+    Of several pictures only one is held at a time. Raises `BadInput` for other numbers.
+    """
     found = tuple(tuple(find_objects(picture)) for picture in pictures)
+    if len(prompts) != len(found) or not prompts:
+        raise BadInput(f"{len(found)} pictures for {len(prompts)} prompts: give one for each")
     judged = tuple(judge(prompt, each) for prompt, each in zip(prompts, found, strict=True))
     dealt = {task: list(_dealt(task, prompts, found)) for task in TASKS}
     tasks = {}
@@ -188,7 +191,7 @@ def _dealt(
 
 
 def _score(passed: Sequence[bool], dealt: Sequence[bool], guess: float | None = None) -> Score:
-    chance = sum(dealt) / len(dealt) if dealt else math.nan
+    chance = sum(dealt) / len(dealt) if dealt else None
     interval = wilson_interval(sum(passed), len(passed))
     return Score(sum(passed) / len(passed), interval, chance, guess, len(passed))
 

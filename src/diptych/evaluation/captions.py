@@ -37,12 +37,12 @@ class CaptionReport:
     """Hold a captioner's scores, their 95 % interval, and those of two blind baselines.
 
     `blind` are the same captions dealt to the wrong pictures: what fluent words without sight are
-    worth. `constant` is the single caption that fits best everywhere.
+    worth; None for a single picture. `constant` is the single caption that fits best everywhere.
     """
 
     scores: CaptionScores
     cider_d_interval: tuple[float, float]
-    blind: CaptionScores
+    blind: CaptionScores | None
     constant: CaptionScores
     constant_caption: str
     num_different: int
@@ -52,7 +52,7 @@ class CaptionReport:
             **self.scores.as_dict(),
             "cider_d_interval": list(self.cider_d_interval),
             "num_different": self.num_different,
-            "blind": self.blind.as_dict(),
+            "blind": None if self.blind is None else self.blind.as_dict(),
             "constant": {"caption": self.constant_caption, **self.constant.as_dict()},
         }
 
@@ -94,7 +94,8 @@ def read_captions(path: Path, described: Sequence[Described]) -> list[str]:
         name, text = row.get("file"), row.get("text", "" if "error" in row else None)
         if not isinstance(name, str) or not isinstance(text, str):
             raise BadInput(f"{path}, line {number}: needs 'file' and 'text'")
-        found.setdefault(Path(name).name, {})[name] = text
+        if found.setdefault(Path(name).name, {}).setdefault(name, text) != text:
+            raise BadInput(f"{path}, line {number}: has a second caption for {name}")
     return [_caption_of(each.path, found.get(each.path.name, {}), path) for each in described]
 
 
@@ -133,7 +134,7 @@ def report(
     return CaptionReport(
         scores=scores,
         cider_d_interval=bootstrap_interval(scores.cider_d_per_image, seed=seed),
-        blind=score_captions(dealt, references, **options),
+        blind=score_captions(dealt, references, **options) if len(captions) > 1 else None,
         constant=constant_scores,
         constant_caption=constant,
         num_different=len(set(captions)),
@@ -157,7 +158,8 @@ def _best_constant(
 def read_json_lines(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
     """Yield line numbers from 1 and objects of a file of JSON lines, blank lines left out."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # By line feeds alone: a text may hold other characters that end lines elsewhere.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: cannot be read as text ({error})") from error
     for number, line in enumerate(lines, 1):
@@ -165,7 +167,7 @@ def read_json_lines(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise BadInput(f"{path}, line {number}: is not JSON ({error})") from error
         if not isinstance(row, dict):
             raise BadInput(f"{path}, line {number}: is not a JSON object")

@@ -161,10 +161,16 @@ def _describe(piece: Bools, pixels: Floats, background: Floats, distance: Floats
     return FoundObject(colour, _shape(cover, x, y), (x, y), float(cover.sum()))
 
 
+_ALIKE = 1e-6  # squared, of colours from 0 to 1
+
+
 def _coverage(piece: Bools, pixels: Floats, background: Floats, core: Floats) -> Floats:
     """Return how much of each pixel [H, W] the object covers, 0 to 1, from its blended colour."""
     towards = core - background
-    cover = ((pixels - background) @ towards) / (towards @ towards)
+    apart = float(towards @ towards)
+    if apart < _ALIKE:  # its middle colour is that of the ground: stripes, say
+        return np.where(piece, 1.0, 0.0)
+    cover = ((pixels - background) @ towards) / apart
     near = piece.copy()  # and one pixel around
     near[1:] |= piece[:-1]
     near[:-1] |= piece[1:]

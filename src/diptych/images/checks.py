@@ -54,8 +54,10 @@ def check_header(image: Image.Image, data: bytes, name: str, limits: ImageLimits
     if "ppm_plain" in codecs and data.count(b"#") > 100:
         raise BadImage(name, "has too many comments")
     most_scans = limits.max_scan_pixels // (width * height)
-    if image.info.get("progressive") and _more_scans_than(most_scans, data):
-        raise BadImage(name, f"is a progressive JPEG of more than {most_scans} scans")
+    if not image.info.get("progressive"):
+        most_scans = max(most_scans, _SCANS_OF_ONE_PASS)
+    if image.format in ("JPEG", "MPO") and _more_scans_than(most_scans, data):
+        raise BadImage(name, f"is a JPEG of more than {most_scans} scans")
     return 3 * _MOST_READS + (4 * width * height if in_python else 0)
 
 
@@ -97,6 +99,7 @@ def _hidden_sizes(image: Image.Image, data: bytes) -> Iterator[tuple[int, int]]:
         yield max(1, width - left), max(1, height - top)
 
 
+_SCANS_OF_ONE_PASS = 4  # one for each channel, at most
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 
 

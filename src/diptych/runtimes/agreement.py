@@ -39,7 +39,10 @@ def greedy_tokens(
         bridged = networks["encoder"](pixel_values=pixels)[0]
         words = np.full((len(pixels), 1), generation["decoder_start_token_id"], np.int64)
         past, rows = None, [words]
-        for _ in range(max_new_tokens):
+        places = int(config["decoder"]["max_position_embeddings"])
+        if bridge == "prefix_embeds":
+            places -= bridged.shape[1]
+        for _ in range(min(max_new_tokens, places)):
             logits, past = networks["decoder"](
                 input_ids=words, past_key_values=past, **{bridge: bridged}
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from diptych.runtimes.smaller_captioner import Judge
 
 __all__ = ["PROFILES", "ExportRequest", "export", "export_model", "tasks_of"]
+
+logger = logging.getLogger("diptych")
 
 PROFILES = ("edge",)
 _EDGE_BYTES = 100_000_000
@@ -136,8 +140,11 @@ def _add_figures(
         "after": measure(made, "onnxruntime"),
     }
     beside = folder / ".export.json.partial"
-    write_json(beside, report)
-    beside.replace(folder / "export.json")
+    try:
+        write_json(beside, report)
+        beside.replace(folder / "export.json")
+    except OSError as error:  # the model itself is there
+        logger.warning("%s: its figures cannot be added (%s)", folder, error.strerror or error)
 
 
 def _quantize_artifact(
@@ -178,9 +185,10 @@ def _pixels(
 
 def _check_target(folder: Path, force: bool) -> None:
     """Raise `BadInput` for a folder that an artifact would be mixed into."""
-    if folder.is_file():
+    # os.path, for which a name that is too long is merely not there.
+    if os.path.isfile(folder):  # noqa: PTH113
         raise BadInput(f"{folder} is a file: give a folder to write to")
-    if force or not folder.is_dir():
+    if force or not os.path.isdir(folder):  # noqa: PTH112
         return
     names = sorted(path.name for path in folder.iterdir())
     if names:
@@ -275,7 +283,7 @@ def _task_of(model: str | Path) -> str | None:
     if str(model) in own:
         return own[str(model)]
     path = at_home(model)
-    if path.exists():
+    if os.path.exists(path):  # noqa: PTH110
         return _task_of_path(path)
     known = catalog.known_model(str(model))
     return None if known is None else known.task

@@ -143,7 +143,9 @@ def _write_cut(
 ) -> dict[str, Any]:
     """Write `model`, whose module holds `weights`, with the tokens that `words` need; compare."""
     folder.mkdir(exist_ok=True)
-    kept = kept_tokens(model.tokenizer, model.generation, words)
+    kept = kept_tokens(
+        *(model.tokenizer, model.generation, words), model.config["decoder"]["vocab_size"]
+    )
     positions = int(model.config["decoder"]["max_position_embeddings"])
     needed = _CAPTION_POSITIONS
     if model.config["bridge"] == "prefix":

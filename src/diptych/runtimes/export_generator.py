@@ -270,7 +270,7 @@ def _compare(
 
 def _check_bound(precision: str, pictures: Mapping[str, Any], force: bool) -> None:
     worst, least = pictures["worst_psnr_db"], _LEAST_DB[precision]
-    if worst < least and not force:
+    if not worst >= least and not force:
         raise QualityLoss(
             f"a picture of the {precision} networks is at {worst:.1f} dB from torch's, the bound "
             f"is {least:.0f} dB: choose a wider precision, or force it"

@@ -34,17 +34,26 @@ def measure(model: ModelFolder | GeneratorFolder, runtime: str) -> dict[str, Any
     """
     kind = "generator" if isinstance(model, GeneratorFolder) else "captioner"
     done = subprocess.run(
-        [sys.executable, "-c", _COMMAND, kind, str(model.path), runtime],
+        # -P: nothing is imported from the folder that the user happens to be in.
+        [sys.executable, "-P", "-c", _COMMAND, kind, str(model.path), runtime],
         capture_output=True,
         text=True,
         check=False,
         stdin=subprocess.DEVNULL,
     )
     told = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
-    if done.returncode or not told:
+    figures = _figures(told[-1]) if told and not done.returncode else None
+    if figures is None:
         return {"error": " ".join(done.stderr.split())[-200:] or f"exit code {done.returncode}"}
-    figures: dict[str, Any] = json.loads(told[-1].removeprefix(_MARK))
     return {"runtime": runtime, "bytes": size_of(model, runtime), **figures}
+
+
+def _figures(line: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line.removeprefix(_MARK))
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def size_of(model: ModelFolder | GeneratorFolder, runtime: str) -> int:

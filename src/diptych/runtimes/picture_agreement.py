@@ -129,9 +129,13 @@ def denoised(
 
 
 def compare_pictures(expected: Floats, found: Floats) -> dict[str, Any]:
-    """Return the peak signal-to-noise ratio of each pair, in dB; 200 for equal ones."""
+    """Return the peak signal-to-noise ratio of each pair, in dB; 200 for equal ones.
+
+    0 where one of the two holds what is no number.
+    """
     errors = ((expected.astype(np.float64) - found) ** 2).mean((1, 2, 3))
-    ratios = [200.0 if error < 1e-20 else -10 * math.log10(error) for error in errors]
+    errors = np.where(np.isfinite(errors), errors, 1.0)
+    ratios = [200.0 if error < 1e-20 else 10 * math.log10(1 / error) for error in errors]
     return {
         "pictures": len(expected),
         "psnr_db": [round(ratio, 2) for ratio in ratios],

@@ -34,10 +34,13 @@ def caption_words() -> tuple[str, ...]:
     return tuple(gzip.decompress(packed).decode().split())
 
 
-def kept_tokens(tokenizer: Path, generation: Mapping[str, Any], words: Iterable[str]) -> Ids:
+def kept_tokens(
+    tokenizer: Path, generation: Mapping[str, Any], words: Iterable[str], vocab_size: int
+) -> Ids:
     """Return the ids, in order, of the tokens that `words` need, and of those that end a caption.
 
-    Every word counts as it stands at the start of a caption, after a space, and capitalised.
+    Every word counts as it stands at the start of a caption, after a space, and capitalised. Ids
+    for which a model of `vocab_size` has no row are left out.
     """
     read = Gpt2Tokenizer.load(tokenizer)
     document = _document(read)
@@ -52,7 +55,7 @@ def kept_tokens(tokenizer: Path, generation: Mapping[str, Any], words: Iterable[
     ids |= {entry["id"] for entry in document["added_tokens"]}
     for value in _ids_in(generation).values():
         ids |= set(value if isinstance(value, list) else [value])
-    return np.array(sorted(ids), np.int64)
+    return np.array(sorted(each for each in ids if each < vocab_size), np.int64)
 
 
 def write_tokenizer(source: Path, target: Path, kept: Ids) -> None:
@@ -65,8 +68,8 @@ def write_tokenizer(source: Path, target: Path, kept: Ids) -> None:
     model["merges"] = [
         pair for pair in map(_pair, model["merges"]) if {*pair, "".join(pair)} <= left.keys()
     ]
-    for entry in document["added_tokens"]:
-        entry["id"] = new[entry["id"]]
+    known = [entry for entry in document["added_tokens"] if entry["id"] in new]
+    document["added_tokens"] = [{**entry, "id": new[entry["id"]]} for entry in known]
     if (document.get("post_processor") or {}).get("type") != "ByteLevel":
         document["post_processor"] = None  # a template of special tokens, which captions leave out
     target.write_text(json.dumps(document, ensure_ascii=False), "utf-8")
@@ -87,7 +90,9 @@ def cut_generation(generation: Mapping[str, Any], kept: Ids) -> dict[str, Any]:
     """Return `generation` with its token ids numbered anew; lists of other words are left out."""
     new = {int(old): number for number, old in enumerate(kept)}
     changed = {
-        word: [new[each] for each in value] if isinstance(value, list) else new[value]
+        word: [new[each] for each in value if each in new]
+        if isinstance(value, list)
+        else new.get(value)
         for word, value in _ids_in(generation).items()
     }
     dropped = ("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens")

@@ -37,6 +37,7 @@ _BESIDE = re.compile(
     r"|special_tokens_map\.json|added_tokens\.json)"
 )
 _NETWORKS = re.compile(r"[A-Za-z0-9_-]+\.onnx(\.data)?")
+_LORA = re.compile(r"[A-Za-z0-9_-]+\.safetensors")  # of an edition, beside its artifact.json
 _PARTS = ("text_encoder", "text_encoder_2", "unet", "vae")
 
 
@@ -75,7 +76,7 @@ def _needed(files: Sequence[str], name: str, *, variant: str | None) -> list[str
     """Choose what to fetch: no code, no safety checker, no other framework's weights."""
     needed = [file for file in files if _BESIDE.fullmatch(file)]
     if "artifact.json" in needed:
-        needed += [file for file in files if _NETWORKS.fullmatch(file)]
+        needed += [file for file in files if _NETWORKS.fullmatch(file) or _LORA.fullmatch(file)]
     for part in _PARTS:
         beside = _below(files, part)
         chosen = weight_names(beside, part, variant)

@@ -12,9 +12,10 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Generic, TypeVar
 
 from diptych.errors import BadInput, UnknownModel, UnsupportedModel
@@ -48,6 +49,8 @@ _BESIDE = frozenset(
         "vocab.json",
     }
 )
+# Of which a captioner has one, mostly.
+_OF_PICTURES = ("preprocessor_config.json", "processor_config.json")
 # In order of preference: pickles only where there is nothing else.
 _WEIGHTS = (
     re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"),
@@ -123,7 +126,7 @@ def resolve_file(name_or_path: str | os.PathLike[str]) -> Path:
 
     name = os.fspath(name_or_path)
     path = at_home(name)
-    if path.is_file():
+    if os.path.isfile(path):  # noqa: PTH113
         return path
     if not _FILE.fullmatch(name) or ".." in name or isinstance(name_or_path, Path):
         raise UnknownModel(f"there is no file {name}: give one, or owner/name/file of the hub.")
@@ -183,19 +186,47 @@ def _cached(
 ) -> Found | None:
     """Return what is in the cache, unless a branch or tag is asked for: those move."""
     if wanted is not None and _COMMIT.fullmatch(wanted):
-        return _complete(kind, _snapshots(model_id) / wanted, name)
-    return None if asked else _at_branch(kind, model_id, name, "main")
+        snapshot = _snapshots(model_id) / wanted
+    elif asked or (snapshot_of_main := _at_branch(model_id, "main")) is None:
+        return None
+    else:
+        snapshot = snapshot_of_main
+    # Other programs fetch what they need by itself: a captioner without a word on its pictures
+    # may be one whose tokenizer and weights alone were loaded.
+    if kind.task == catalog.CAPTIONS and not _tells_of_pictures(snapshot):
+        return None
+    return _complete(kind, snapshot, name)
 
 
-def _at_branch(kind: Kind[Found], model_id: str, name: str, branch: str) -> Found | None:
+def _tells_of_pictures(snapshot: Path) -> bool:
+    told = any((snapshot / name).is_file() for name in (*_OF_PICTURES, "artifact.json"))
+    return told or (_absences(snapshot) / _OF_PICTURES[0]).is_file()
+
+
+def _absences(snapshot: Path) -> Path:
+    """Return where the cache keeps empty files of the names that a commit is known not to have."""
+    return snapshot.parent.parent / ".no_exist" / snapshot.name
+
+
+def _note_absences(snapshot: Path, files: Sequence[str]) -> None:
+    """Note that a commit with these `files` tells nothing of its pictures."""
+    if not any(name in files for name in _OF_PICTURES):
+        with suppress(OSError):  # then it is asked for again
+            _absences(snapshot).mkdir(parents=True, exist_ok=True)
+            for name in _OF_PICTURES:
+                (_absences(snapshot) / name).touch()
+
+
+def _at_branch(model_id: str, branch: str) -> Path | None:
+    """Return the snapshot of a branch, or commit, as it was last seen."""
+    if _COMMIT.fullmatch(branch):
+        return _snapshots(model_id) / branch
     try:
         ref = catalog.repository_folder(model_id) / "refs" / branch
         commit = ref.read_text("utf-8").strip()
     except (OSError, ValueError):
         return None
-    if not _COMMIT.fullmatch(commit):
-        return None
-    return _complete(kind, _snapshots(model_id) / commit, name)
+    return _snapshots(model_id) / commit if _COMMIT.fullmatch(commit) else None
 
 
 def _complete(kind: Kind[Found], snapshot: Path, name: str) -> Found | None:
@@ -253,6 +284,8 @@ def _fetch(kind: Kind[Found], model_id: str, name: str, revision: str, progress:
             raise unstored from error
         reason = f"the hub cannot be reached ({type(error).__name__})"
         return _without_network(kind, model_id, name, revision, reason, error)
+    if kind.task == catalog.CAPTIONS:
+        _note_absences(Path(folder), files)
     return kind.describe(Path(folder), name, Path(folder).name)
 
 
@@ -284,7 +317,8 @@ def _without_network(
     cause: Exception | None = None,
 ) -> Found:
     """Return the branch as it was last seen, or say that there is nothing."""
-    if (model := _at_branch(kind, model_id, name, revision)) is not None:
+    snapshot = _at_branch(model_id, revision)
+    if snapshot is not None and (model := _complete(kind, snapshot, name)) is not None:
         logger.warning("%s: using %s at %s from the cache", reason, model_id, model.revision)
         return model
     others = _other_commits(kind, model_id)
@@ -312,6 +346,10 @@ def _needed(files: Sequence[str], name: str) -> list[str]:
     return needed
 
 
+_TALK = Lock()
+_QUIETED: list[tuple[int, bool]] = []  # level and bars before, for each who fetches
+
+
 @contextmanager
 def _quiet(progress: bool) -> Iterator[None]:
     """Keep huggingface_hub from drawing bars, unless asked for, and from talking."""
@@ -322,14 +360,20 @@ def _quiet(progress: bool) -> Iterator[None]:
     )
 
     talker = logging.getLogger("huggingface_hub")
-    level = talker.level
-    silence = not progress and not are_progress_bars_disabled()
-    talker.setLevel(logging.ERROR)
-    if silence:
-        disable_progress_bars()
+    with _TALK:  # what is found is put back by the last of those who fetch at once
+        if not _QUIETED:
+            _QUIETED.append((talker.level, are_progress_bars_disabled()))
+            talker.setLevel(logging.ERROR)
+        else:
+            _QUIETED.append(_QUIETED[0])
+        if not progress:
+            disable_progress_bars()
     try:
         yield
     finally:
-        talker.setLevel(level)
-        if silence:
-            enable_progress_bars()
+        with _TALK:
+            level, without_bars = _QUIETED.pop()
+            if not _QUIETED:
+                talker.setLevel(level)
+                if not without_bars:
+                    enable_progress_bars()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def load_parts(
 
 def _folder(name: str | Path) -> Path:
     path = at_home(name)
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 (a name that is too long is merely not there)
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

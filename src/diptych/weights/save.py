@@ -19,6 +19,7 @@ from diptych.weights.save_module import (
     Written,
     as_target,
     dtype_name,
+    forget_artifact,
     staged,
     write_file,
     write_tensors,
@@ -69,6 +70,7 @@ def save_captioner(
             _copy_tokenizer(Path(tokenizer), staging, generation)
             for name, document in documents.items():
                 write_file(staging / name, json.dumps(document, indent=2, sort_keys=True) + "\n")
+            forget_artifact(folder)
     except OSError as error:
         needed = sum(tensor.nbytes for tensor in state.values()) >> 20
         raise BadInput(

@@ -19,6 +19,7 @@ from diptych.weights.save_module import (
     Written,
     as_target,
     dtype_name,
+    forget_artifact,
     staged,
     write_file,
     write_tensors,
@@ -58,6 +59,7 @@ def save_generator(
         else:
             with staged(path) as staging:
                 _write_folder(staging, states, configs, model, target)
+                forget_artifact(path)
     except OSError as error:
         needed = sum(t.nbytes for state in states.values() for t in state.values()) >> 20
         raise BadInput(

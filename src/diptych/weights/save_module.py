@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -20,7 +21,18 @@ from diptych.errors import BadInput
 from diptych.weights.rename import Dialect, backwards, pieces, reshape
 from diptych.weights.tensors import ITEM_SIZES, SAFETENSORS_NAMES
 
-__all__ = ["Written", "as_target", "dtype_name", "staged", "sync", "write_file", "write_tensors"]
+__all__ = [
+    "Written",
+    "as_target",
+    "dtype_name",
+    "forget_artifact",
+    "staged",
+    "sync",
+    "write_file",
+    "write_tensors",
+]
+
+logger = logging.getLogger("diptych")
 
 _CODES = {name: code for code, name in SAFETENSORS_NAMES.items()}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -164,6 +176,14 @@ def _open(path: Path) -> Iterator[Any]:
         yield file
         file.flush()
         os.fsync(file.fileno())
+
+
+def forget_artifact(folder: Path) -> None:
+    """Let ONNX networks in `folder`, which are of the weights before, not be taken for the new."""
+    stated = folder / "artifact.json"
+    if stated.exists():
+        stated.unlink()
+        logger.warning("%s: its ONNX networks were of other weights: export the model anew", folder)
 
 
 def write_file(path: Path, content: str | bytes) -> None:

@@ -240,10 +240,13 @@ class _Level:
     depth: int = 0
 
 
+_MOST_BLOCKS = 64  # Stable Diffusion has 12
+
+
 def _down(shapes: Mapping[str, tuple[int, ...]]) -> list[_Level]:
     levels: list[_Level] = []
     is_new = True
-    for number in range(1, 1 + len(shapes)):
+    for number in range(1, 1 + min(len(shapes), _MOST_BLOCKS)):
         block = f"input_blocks.{number}"
         if f"{block}.0.op.weight" in shapes:
             is_new = True
