@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,11 +41,7 @@ def fit(image: Image.Image, size: tuple[int, int], mode: str = "resize") -> Imag
         inner = max(1, image.width * height // image.height), height
     left, top = width // 2 - inner[0] // 2, height // 2 - inner[1] // 2
     if mode == "crop" and inner[0] * inner[1] > _MOST_SCALED:
-        # Of a long and thin picture, what is cropped away is not worth computing.
-        box = (-left, -top, width - left, height - top)
-        each = (image.width / inner[0], image.height / inner[1])
-        source = tuple(edge * each[place % 2] for place, edge in enumerate(box))
-        return image.resize(size, Image.Resampling.LANCZOS, cast("Any", source))
+        return _crop_scaled(image, size, inner, (-left, -top))
     scaled = image.resize(inner, Image.Resampling.LANCZOS)
     if mode == "crop":
         return scaled.crop((-left, -top, width - left, height - top))
@@ -62,6 +58,23 @@ def fit(image: Image.Image, size: tuple[int, int], mode: str = "resize") -> Imag
         if min(strip) > 0:
             canvas.paste(scaled.resize(strip, box=box), place)
     return canvas
+
+
+def _crop_scaled(
+    image: Image.Image, size: tuple[int, int], inner: tuple[int, int], start: tuple[int, int]
+) -> Image.Image:
+    """Scale to `inner` and crop `size` from `start`; of a long and thin picture only what stays.
+
+    The side that fits goes first: Pillow's boxes of both at once are not those of each alone.
+    """
+    lanczos = Image.Resampling.LANCZOS
+    if inner[0] > size[0]:
+        each, fitted = image.width / inner[0], image.resize((image.width, size[1]), lanczos)
+        box = (start[0] * each, 0, (start[0] + size[0]) * each, size[1])
+    else:
+        each, fitted = image.height / inner[1], image.resize((size[0], image.height), lanczos)
+        box = (0, start[1] * each, size[0], (start[1] + size[1]) * each)
+    return fitted.resize(size, lanczos, box)
 
 
 def extend(
