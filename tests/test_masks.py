@@ -181,11 +181,10 @@ def test_long_and_thin_pictures_are_cropped_without_being_scaled_whole() -> None
 
 def test_a_crop_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     for size in ((90, 40), (40, 90), (37, 81)):
-        picture = Image.fromarray(RANDOM.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+        rough = Image.fromarray(RANDOM.integers(0, 256, (9, 7, 3), dtype=np.uint8))
+        picture = rough.resize(size, Image.Resampling.BICUBIC)
         monkeypatch.setattr("diptych.canvas._MOST_SCALED", 1 << 26)
         whole = np.asarray(fit(picture, (64, 64), "crop"), np.int16)
         monkeypatch.setattr("diptych.canvas._MOST_SCALED", 0)
         part = np.asarray(fit(picture, (64, 64), "crop"), np.int16)
-        # At its edges it sees nothing of what is cropped away.
-        assert np.abs(whole - part)[6:-6, 6:-6].max() <= 1
-        assert np.abs(whole - part).mean() < 1
+        assert np.abs(whole - part).max() <= 2

@@ -67,7 +67,7 @@ def _crop_scaled(
 
     The side that fits goes first: Pillow's boxes of both at once are not those of each alone.
     """
-    lanczos = Image.Resampling.LANCZOS
+    lanczos, box = Image.Resampling.LANCZOS, (0.0, 0.0, 0.0, 0.0)
     if inner[0] > size[0]:
         each, fitted = image.width / inner[0], image.resize((image.width, size[1]), lanczos)
         box = (start[0] * each, 0, (start[0] + size[0]) * each, size[1])
