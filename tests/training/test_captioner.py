@@ -21,6 +21,8 @@ from diptych.training.finetune import finetune_captioner
 from diptych.training.options import CaptionerTrainOptions
 from diptych.training.parallel import Workers
 from diptych.training.workplace import Workplace
+from diptych.weights.files import describe
+from diptych.weights.load import load_captioner
 from diptych.weights.load_parts import load_parts
 from tiny_models import make_tokenizer
 from traced import untraced
@@ -210,13 +212,16 @@ def test_rewards_are_cider_against_the_others(
 ) -> None:
     task = make_task(vit_gpt2, pictures, tmp_path, self_critical_steps=3)
     draws = task._draws(0)
-    drawn = [[draw.token_ids, (5, 6, 7), (5, 6), draw.token_ids[:3]] for draw in draws]
+    end = task._end  # the last one was cut before its end
+    drawn = [
+        [(*draw.token_ids, end), (5, 6, 7, end), (5, 6, end), draw.token_ids[:3]] for draw in draws
+    ]
     found = task._rewards(draws, drawn).view(len(draws), -1)
     everything = [[(*task._ids(c), task._end) for c in each.captions] for each in task._train]
     frequency = DocumentFrequency.from_references(everything)
     for index, draw in enumerate(draws):
         scorer = CiderD([[(*task._ids(c), task._end) for c in draw.item.captions]], frequency)
-        scores = [scorer.score(0, (*tokens, task._end)) for tokens in drawn[index]]
+        scores = [scorer.score(0, tokens) for tokens in drawn[index]]
         for place, score in enumerate(scores):
             others = (sum(scores) - score) / 3
             assert float(found[index, place]) == pytest.approx(score - others, abs=1e-5)
@@ -386,3 +391,76 @@ def test_options_that_cannot_be_used(
 ) -> None:
     with pytest.raises(BadInput, match=told):
         finetune_captioner(pictures, tmp_path, vit_gpt2, **{**SMALL, **words})
+
+
+def test_no_end_is_learned_that_was_not_drawn(
+    tmp_path: Path, vit_gpt2: Path, pictures: Path
+) -> None:
+    task = make_task(vit_gpt2, pictures, tmp_path, max_length=4)
+    bridged = task._bridged(task._draws(0)[:2])
+    with torch.no_grad():
+        drawn = task._drawn_captions(bridged, torch.Generator().manual_seed(3))
+    rows = [tokens for each in drawn for tokens in each]
+    assert any(row[-1] != task._end for row in rows)
+    inputs, targets = task._padded(rows)
+    for row, given, wanted in zip(rows, inputs.tolist(), targets.tolist(), strict=True):
+        assert tuple(wanted[: len(row)]) == row and set(wanted[len(row) :]) <= {-100}
+        assert given[: len(row)] == [task._start, *row[:-1]]
+
+
+def test_large_seeds_draw_captions_too(tmp_path: Path, vit_gpt2: Path, pictures: Path) -> None:
+    task = make_task(vit_gpt2, pictures, tmp_path, self_critical_steps=2, seed=2**63 - 1)
+    assert bool(task._rewarded(task._draws(0)[:1], 5).isfinite().all())
+
+
+def test_validation_looks_at_the_likeliest_caption_alone(
+    tmp_path: Path, vit_gpt2: Path, pictures: Path
+) -> None:
+    """Whatever the model's own settings say of sampling, numbers and lengths."""
+    import dataclasses
+
+    task = make_task(vit_gpt2, pictures, tmp_path)
+    with torch.no_grad():
+        plain = task.validate()
+    generation = {"do_sample": True, "num_return_sequences": 2, "min_length": 70, "num_beams": 3}
+    model = dataclasses.replace(task.model, generation={**task.model.generation, **generation})
+    captioner = task._captioner
+    task._captioner = Captioner(captioner.networks, task._tokenizer, task._preprocessing, model)
+    with torch.no_grad():
+        again = task.validate()
+    assert plain is not None and again is not None
+    assert (again.parts, again.shown) == (plain.parts, plain.shown)
+
+
+@pytest.mark.parametrize("bridge", ["cross-attention", "prefix"])
+def test_a_new_bridge_learns_beside_a_lora(
+    tmp_path: Path, parts: tuple[Path, Path], pictures: Path, bridge: str
+) -> None:
+    vit, gpt2 = parts
+    before, _ = load_parts(vit, gpt2, bridge=bridge, seed=SMALL.get("seed", 0))
+    finished = finetune_captioner(
+        pictures,
+        tmp_path,
+        encoder=vit,
+        decoder=gpt2,
+        **{**SMALL, "max_train_steps": 3, "bridge": bridge, "method": "lora"},
+    )
+    after = load_captioner(describe(finished.files[0]), device="cpu", dtype="float32").state_dict()
+    drawn = {n: e for n, e in before.named_parameters() if n.startswith("bridge.") or "cross" in n}
+    assert drawn
+    for name, parameter in drawn.items():
+        if parameter.ndim > 1:
+            assert not torch.equal(after[name], parameter), name
+    assert torch.equal(after["decoder.wte.weight"], before.decoder.wte.weight)
+
+
+def test_weights_of_the_same_size_are_told_apart(tmp_path: Path) -> None:
+    from diptych.training.cache import file_mark
+
+    random = np.random.default_rng(1)
+    first, second = (random.bytes(9_000_000) for _ in range(2))
+    paths = [tmp_path / name for name in ("a", "b", "c", "small", "none")]
+    for path, content in zip(paths, (first, second, first, b"x", b""), strict=True):
+        path.write_bytes(content)
+    marks = [file_mark(path) for path in paths]
+    assert marks[0] == marks[2] and len(set(marks)) == 4

@@ -412,3 +412,29 @@ def test_the_latest_checkpoints_are_kept(tmp_path: Path) -> None:
             kept.save(Checkpoint(step, {"a": torch.ones(2)}, {}))
         there = sorted(int(path.name[-8:]) for path in (tmp_path / str(keep)).iterdir())
         assert there == left
+
+
+def test_of_equal_merit_the_lower_loss_is_kept(tmp_path: Path) -> None:
+    """CIDEr-D of a single picture is always 0."""
+
+    class Even(Toy):
+        def validate(self) -> Validation | None:
+            found = super().validate()
+            return None if found is None else dataclasses.replace(found, merit=0.0)
+
+    toy = Even(tmp_path)
+    finished = fit(toy, options(max_train_steps=20, keep_best=True))
+    assert finished.best_step
+
+
+def test_what_has_no_gradient_stays_as_it_is(tmp_path: Path) -> None:
+    class Beside(Toy):
+        def __init__(self, folder: Path) -> None:
+            super().__init__(folder)
+            self.idle = nn.Parameter(torch.ones(3, 3))
+            (group,) = self.groups
+            self.groups = [Group({**group.parameters, "idle": self.idle}, group.learning_rate)]
+
+    toy = Beside(tmp_path)
+    fit(toy, options(max_train_steps=5, weight_decay=0.5))
+    assert torch.equal(toy.idle, torch.ones(3, 3))

@@ -230,14 +230,16 @@ def dpmpp_2m(
     *,
     eta: float = 0.0,
     solver_type: str = "midpoint",
-    lower_order_final: bool = True,
+    lower_order_final: bool | None = None,
     euler_at_final: bool = False,
 ) -> Iterator[Step]:
     """DPM-Solver++ (2M): second order from the step before (Lu et al. 2022).
 
-    `eta` 1 solves the reverse SDE instead of the ODE.
+    `eta` 1 solves the reverse SDE instead of the ODE. With `lower_order_final` the last step is of
+    first order; None says so for fewer than 15 steps.
     """
-    is_first_order_last = euler_at_final or (lower_order_final and len(sigmas) <= 15)
+    is_few = len(sigmas) <= 15 if lower_order_final is None else lower_order_final
+    is_first_order_last = euler_at_final or is_few
     before: Array = None
     for index, (sigma, target) in enumerate(pairwise(sigmas)):
         denoised = denoise(latents, sigma)

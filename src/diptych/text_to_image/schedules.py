@@ -39,6 +39,7 @@ Floats = NDArray[np.float64]
 
 # Samplers that lay out their steps alike. The first kind was written for x0 + sigma · noise, the
 # other two for latents of variance one, which start and may end with another scale.
+_FEW_STEPS = 15  # below, the last step of DPM-Solver is of first order, as in diffusers
 _SIGMA_KIND = ("euler", "euler_a", "heun", "lms", "dpmpp_sde", "turbo")
 _SOLVER_KIND = ("dpmpp_2m", "dpmpp_2m_sde", "unipc")
 _ALPHA_KIND = ("ddim", "pndm", "lcm", "ddim_inversion")
@@ -219,10 +220,10 @@ class NoiseSchedule:
             timesteps=_floats(timesteps),
             initial_scale=math.hypot(float(np.float32(sigmas[0])), 1),
             final_scale=1 / math.hypot(last, 1),
-            settings=self._solver_settings(sampler),
+            settings=self._solver_settings(sampler, count),
         )
 
-    def _solver_settings(self, sampler: str) -> dict[str, Any]:
+    def _solver_settings(self, sampler: str, count: int) -> dict[str, Any]:
         config = self.config
         is_bh = config.solver_type in ("bh1", "bh2")
         if sampler == "unipc":
@@ -233,7 +234,8 @@ class NoiseSchedule:
             }
         return {
             "solver_type": "midpoint" if is_bh else config.solver_type,
-            "lower_order_final": config.lower_order_final,
+            # Of all steps, also where a strength leaves out the first of them.
+            "lower_order_final": config.lower_order_final and count < _FEW_STEPS,
             "euler_at_final": config.euler_at_final,
         }
 

@@ -24,7 +24,7 @@ from diptych.runtimes.network import OpenNetworks
 from diptych.runtimes.on_torch import torch_networks
 from diptych.text import Gpt2Tokenizer
 from diptych.training.buckets import Plan
-from diptych.training.cache import TensorCache, cache_key
+from diptych.training.cache import TensorCache, cache_key, file_mark
 from diptych.training.data import Dataset, Item
 from diptych.training.lora import DEFAULT_RANK, add_updates, choose_layers, matrices
 from diptych.training.memory import checkpoint_blocks
@@ -43,6 +43,14 @@ __all__ = ["CaptionerTask", "Opened", "captioner_defaults", "open_captioner"]
 _IGNORED = -100  # a target that counts for nothing
 _RATES = {"full": 5e-5, "lora": 1e-4}
 _DRAWN = 4  # captions of a picture that are compared with each other
+# The one caption that validation looks at, whatever the model's own settings say.
+_LIKELIEST: dict[str, Any] = {
+    "num_beams": 1,
+    "do_sample": False,
+    "num_return_sequences": 1,
+    "min_length": 0,
+    "max_new_tokens": None,
+}
 _LONGEST = 64
 
 
@@ -59,6 +67,7 @@ class Opened:
     module: VisionEncoderDecoder
     model: ModelFolder
     files: tuple[Path, ...]
+    is_joined: bool = False  # of two networks, by a bridge that is new
 
 
 def open_captioner(
@@ -73,7 +82,7 @@ def open_captioner(
     if parts is not None:
         bridge = options.bridge or "cross-attention"
         module, model = load_parts(*parts, bridge=bridge, device=device, seed=options.seed)
-        return Opened(module, model, ())
+        return Opened(module, model, model.weights, is_joined=True)
     model = resolve(name, revision=revision)
     if options.bridge not in (None, model.config["bridge"]):
         raise BadInput(
@@ -122,7 +131,7 @@ class CaptionerTask:
         self._end = int(end[0] if isinstance(end, list) else end)
         self._longest = self._room(options.max_length)
         self._updates: dict[tuple[str, str], LowRank] = {}
-        self.groups: Sequence[Group] = self._choose()
+        self.groups: Sequence[Group] = self._choose(opened.is_joined)
         _set_dropout(self.module.decoder, options.dropout)
         if options.gradient_checkpointing:
             checkpoint_blocks(self.module.encoder, (ViTLayer,))
@@ -137,7 +146,7 @@ class CaptionerTask:
         self.batches_per_epoch = self._plan.batches_per_epoch
         self._tokens: dict[str, tuple[int, ...]] = {}
         self._frequency: DocumentFrequency | None = None
-        self._identity = [[path.name, path.stat().st_size] for path in opened.files]
+        self._identity = [[path.name, file_mark(path)] for path in opened.files]
 
     def _room(self, asked: int | None) -> int:
         config = self.module.config
@@ -150,16 +159,18 @@ class CaptionerTask:
 
     # --- what learns --------------------------------------------------------------------------
 
-    def _choose(self) -> list[Group]:
+    def _choose(self, is_joined: bool) -> list[Group]:
         options, module = self.options, self.module
         assert options.learning_rate is not None
         module.requires_grad_(False)
         if options.method == "lora":
+            # A bridge that was drawn has to learn, whatever else does.
+            new = {name: e for name, e in module.named_parameters() if _is_between(name)}
             chosen = choose_layers({"decoder": module.decoder}, options.lora_layers)
             self._updates = add_updates(
                 chosen, options.rank or DEFAULT_RANK, options.alpha, options.seed
             )
-            parameters = matrices(self._updates)
+            parameters = {**matrices(self._updates), **(new if is_joined else {})}
         else:
             parameters = {
                 name: each for name, each in module.named_parameters() if not self._is_frozen(name)
@@ -177,8 +188,8 @@ class CaptionerTask:
         """Tell whether a weight keeps still; those between picture and words never do."""
         if self.options.freeze == "encoder":
             return name.startswith("encoder.")
-        is_between = name.startswith("bridge.") or "cross" in name
-        return self.options.freeze == "decoder" and name.startswith("decoder.") and not is_between
+        is_frozen = self.options.freeze == "decoder" and name.startswith("decoder.")
+        return is_frozen and not _is_between(name)
 
     def rate(self, step: int) -> float:
         """Return what the learning rate is multiplied by: the rewarded steps have their own."""
@@ -263,7 +274,7 @@ class CaptionerTask:
 
     def _word_losses(self, draws: Sequence[_Draw], label_smoothing: float) -> Tensor:
         """Return the cross-entropy of each row's words, summed."""
-        inputs, targets = self._padded([draw.token_ids for draw in draws])
+        inputs, targets = self._padded([(*draw.token_ids, self._end) for draw in draws])
         logits = self.module.score(self._bridged(draws), inputs).float()
         losses = F.cross_entropy(
             logits.transpose(1, 2),
@@ -275,15 +286,14 @@ class CaptionerTask:
         return losses.sum(1)
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Return inputs, the start token first, and targets, the end token last: [B, T] each."""
-        longest = max(map(len, rows)) + 1
+        """Return inputs, `rows` after the start token, and targets, `rows` themselves: [B, T]."""
+        longest = max(map(len, rows))
         inputs = torch.full((len(rows), longest), self._end)
         targets = torch.full((len(rows), longest), _IGNORED)
         for index, row in enumerate(rows):
             inputs[index, 0] = self._start
-            inputs[index, 1 : len(row) + 1] = torch.tensor(row, dtype=torch.long)
+            inputs[index, 1 : len(row)] = torch.tensor(row[:-1], dtype=torch.long)
             targets[index, : len(row)] = torch.tensor(row, dtype=torch.long)
-            targets[index, len(row)] = self._end
         return inputs.to(self.device), targets.to(self.device)
 
     # --- rewarded by CIDEr --------------------------------------------------------------------
@@ -294,11 +304,14 @@ class CaptionerTask:
         Self-critical training (Rennie et al. 2017): the score of a drawn caption counts against
         the mean of the others drawn for its picture (Luo 2020, "A better variant").
         """
-        generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + number)
+        seed = (self.options.seed * 1_000_003 + number) % 2**63
+        generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             self._set_training(False)
             drawn = self._drawn_captions(self._bridged(draws), generator)
             self._set_training(True)
+        # What was cast without gradients would be taken again with them (torch before 2.10).
+        torch.clear_autocast_cache()
         rewards = self._rewards(draws, drawn)
         together = [tokens for each in drawn for tokens in each]
         inputs, targets = self._padded(together)
@@ -322,7 +335,7 @@ class CaptionerTask:
     def _drawn_captions(
         self, bridged: Tensor, generator: torch.Generator
     ) -> list[list[tuple[int, ...]]]:
-        """Draw captions of each picture, word by word; their ends are left out."""
+        """Draw captions of each picture, word by word, up to their ends or the longest length."""
         bridged = self._repeated(bridged, _DRAWN)
         is_prefix = self.module.config.bridge == "prefix"
         rows = len(bridged) if is_prefix else bridged.shape[2]
@@ -336,10 +349,8 @@ class CaptionerTask:
             chances = logits.float().softmax(-1).cpu()
             chosen = torch.multinomial(chances, 1, generator=generator)[:, 0]
             for row in torch.nonzero(alive)[:, 0].tolist():
-                if int(chosen[row]) == self._end:
-                    alive[row] = False
-                else:
-                    words[row].append(int(chosen[row]))
+                alive[row] = int(chosen[row]) != self._end
+                words[row].append(int(chosen[row]))
             if not bool(alive.any()):
                 break
             new = chosen[:, None].to(self.device)
@@ -356,10 +367,7 @@ class CaptionerTask:
         references = [[self._closed(c) for c in draw.item.captions] for draw in draws]
         scorer = CiderD(references, self._frequency)
         scores = torch.tensor(
-            [
-                [scorer.score(index, (*tokens, self._end)) for tokens in each]
-                for index, each in enumerate(drawn)
-            ]
+            [[scorer.score(index, tokens) for tokens in each] for index, each in enumerate(drawn)]
         )
         others = (scores.sum(1, keepdim=True) - scores) / (_DRAWN - 1)
         return (scores - others).flatten().to(self.device)
@@ -388,10 +396,9 @@ class CaptionerTask:
         self.place.workers.add_up([sums])
         captions = self._captioner.caption(
             [item.open() for item in self._held],
-            num_beams=1,
             batch_size=size,
             max_length=self._longest,
-            max_new_tokens=None,
+            **_LIKELIEST,
         )
         texts = [each.text for each in captions]
         scores = score_captions(texts, [item.captions for item in self._held])
@@ -426,6 +433,11 @@ class CaptionerTask:
             dtype="float32",
         )
         return [target]
+
+
+def _is_between(name: str) -> bool:
+    """Tell whether a weight is of the bridge, or of what looks across it."""
+    return name.startswith("bridge.") or "cross" in name
 
 
 def _set_dropout(decoder: nn.Module, share: float) -> None:

@@ -20,6 +20,7 @@ from diptych import __version__
 from diptych.errors import BadInput
 from diptych.inputs import at_home
 from diptych.runtimes.on_torch import best_device
+from diptych.training.cache import file_mark
 from diptych.training.checkpoints import Checkpoints, locked, write_whole
 from diptych.training.data import Advance, Dataset, prepare, write_captions
 from diptych.training.loop import Finished, fit
@@ -328,6 +329,6 @@ def _device(device: str) -> str:
 
 def _fingerprint(dataset: Dataset, name: str, weights: Mapping[str, Sequence[Path]]) -> str:
     """Return what tells this run's data and beginning from others."""
-    sizes = sorted([path.name, path.stat().st_size] for paths in weights.values() for path in paths)
-    text = json.dumps([dataset.fingerprint, name, sizes])
+    marks = sorted([path.name, file_mark(path)] for paths in weights.values() for path in paths)
+    text = json.dumps([dataset.fingerprint, name, marks])
     return hashlib.sha256(text.encode()).hexdigest()

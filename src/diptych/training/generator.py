@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from diptych.text_to_image.generated_image import GeneratedImage
 from diptych.text_to_image.generator import ImageGenerator
 from diptych.text_to_image.schedules import NoiseSchedule, ScheduleConfig
 from diptych.training.buckets import Plan, Size, bucket_of, bucket_sizes
+from diptych.training.cache import file_mark
+from diptych.training.checkpoints import write_whole
 from diptych.training.data import Dataset, Item, prepare
 from diptych.training.encoded import Encoder, Shown
 from diptych.training.memory import HALVES, checkpoint_blocks
@@ -144,6 +147,12 @@ class GeneratorTask:
             return ()
         folder = self.place.folder / "class_images"
         folder.mkdir(parents=True, exist_ok=True)
+        note, said = folder / "drawn.json", json.dumps(self._class_drawing(), indent=2)
+        if self.place.workers.leads and (not note.is_file() or note.read_text("utf-8") != said):
+            for path in folder.glob("*.png"):  # of another prompt, or by another model
+                path.unlink()
+            write_whole(note, said)
+        self.place.workers.wait()
         missing = [n for n in range(options.num_class_images)
                    if not (folder / f"{n:05}.png").is_file()]  # fmt: skip
         if missing and self.place.workers.leads:
@@ -158,6 +167,13 @@ class GeneratorTask:
         self.place.workers.wait()
         found = prepare(folder, validation_fraction=0.0, needs_captions=False)
         return found.train[: options.num_class_images]
+
+    def _class_drawing(self) -> dict[str, Any]:
+        """Say what the pictures of the class follow from."""
+        words = ("class_prompt", "resolution", "seed")
+        files = sorted({path for paths in self.model.weights.values() for path in paths})
+        marks = {path.name: file_mark(path) for path in files}
+        return {**{word: getattr(self.options, word) for word in words}, "weights": marks}
 
     # --- batches ------------------------------------------------------------------------------
 

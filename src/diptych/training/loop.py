@@ -211,10 +211,10 @@ class _Run:
 
     def _step_optimizer(self, loss: float) -> None:
         parameters = [*self.parameters.values()]
-        for each in parameters:
-            if each.grad is None:
-                each.grad = torch.zeros_like(each)
-        self.workers.add_up([each.grad for each in parameters if each.grad is not None])
+        if self.workers.count > 1:  # all add up the same
+            for each in parameters:
+                each.grad = torch.zeros_like(each) if each.grad is None else each.grad
+            self.workers.add_up([each.grad for each in parameters if each.grad is not None])
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm)
         self.norm = float(norm)
@@ -280,7 +280,7 @@ class _Run:
             return None
         start = self.start or found
         before, self.last = self.last, found
-        if self.best is None or found.merit > self.best[1].merit:
+        if self.best is None or _rank(found) > _rank(self.best[1]):
             self.best = self.step, found
             if self.options.keep_best:
                 with self._kept():
@@ -422,6 +422,11 @@ class _Run:
         self.journal.close()
 
 
+def _rank(found: Validation) -> tuple[float, float]:
+    """Return what makes one state better than another: of equal merit, the lower loss."""
+    return found.merit, -found.loss
+
+
 def _check_same(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raise `BadInput` for settings that would have made another run."""
     for name, value in new.items():
@@ -431,6 +436,12 @@ def _check_same(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
                 "it, or another folder to begin anew"
             )
     ends = old.get("max_train_steps"), new.get("max_train_steps")
+    if ends[0] != ends[1] and new.get("self_critical_steps"):
+        raise BadInput(
+            f"the run began with max_train_steps={ends[0]}, and its last "
+            f"{new['self_critical_steps']} steps are rewarded: give the same to resume it, or "
+            "train what it wrote in another folder"
+        )
     if ends[0] != ends[1] and not str(new.get("lr_scheduler")).startswith("constant"):
         logger.warning(
             "max_train_steps was %s and is %s: the %s learning rate follows the new one from here",

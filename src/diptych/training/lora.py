@@ -84,7 +84,7 @@ def new_update(layer: Layer, rank: int, alpha: float | None, generator: torch.Ge
     bound = 1 / math.sqrt(into * math.prod(kernel))
     down.uniform_(-bound, bound, generator=generator)
     up = torch.zeros(out, width, *[1] * len(kernel))
-    return LowRank(down, up, 1.0 if alpha is None else alpha / width)
+    return LowRank(down, up, 1.0 if alpha is None else alpha / rank)
 
 
 def matrices(updates: Mapping[tuple[str, str], LowRank]) -> dict[str, nn.Parameter]:

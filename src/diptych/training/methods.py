@@ -56,17 +56,18 @@ def choose_learning(
 ) -> Learning:
     """Make parameters learn, in float32, and leave all others as they are.
 
-    With half precision, weights that do not learn are kept in half the room, all but those of the
-    autoencoder, which may overflow. Raises `BadInput` for layers or words that cannot be.
+    With half precision and a LoRA or a word, weights that do not learn are kept in half the room,
+    all but those of the autoencoder, which may overflow; a whole model is written as it was. Raises
+    `BadInput` for layers or words that cannot be.
     """
     texts = {name: each for name, each in modules.items() if name.startswith("text_encoder")}
     learning = ["unet", *(texts if options.train_text_encoder else ())]
     keeps_weights = options.is_lora or options.method == "textual-inversion"
     for module in modules.values():
         module.requires_grad_(False).eval()
-    if (half := HALVES.get(options.mixed_precision)) is not None:
+    if keeps_weights and (half := HALVES.get(options.mixed_precision)) is not None:
         for name, module in modules.items():
-            if name != "vae" and (keeps_weights or name not in learning):
+            if name != "vae":
                 module.to(half)
     if options.method == "textual-inversion":
         return _learned_word(texts, tokenizers, options)

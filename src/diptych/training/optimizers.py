@@ -18,6 +18,8 @@ from diptych.training.parallel import Workers
 __all__ = ["Group", "learning_rate_factor", "make_optimizer", "set_learning_rate"]
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8
+# What is no matrix between layers, of all networks that learn: Muon leaves it to Adam.
+_PLAIN = ("conv_in", "conv_out", "embedding", "wte", "wpe", "lm_head", ".vectors")
 _LAST_POLYNOMIAL = 1e-7  # the rate at which diffusers' polynomial ends
 
 
@@ -44,6 +46,7 @@ def make_optimizer(
             named,
             groups[0].learning_rate,
             weight_decay=options.weight_decay,
+            plain=_PLAIN,
             workers=workers,
         )
     else:

@@ -94,7 +94,7 @@ def load_parts(
     module.to(device)
     lost = module.load_state_dict(parts.state_dict(), strict=False, assign=True)
     assert not lost.unexpected_keys, lost
-    return module.eval(), _described(folders, config, documents["decoder"], name)
+    return module.eval(), _described(folders, config, documents["decoder"], name, tuple(files))
 
 
 def _folder(name: str | Path) -> Path:
@@ -160,6 +160,7 @@ def _described(
     config: Mapping[str, Any],
     decoder: Mapping[str, Any],
     name: str,
+    weights: tuple[Path, ...],
 ) -> ModelFolder:
     vocab_size = config["decoder"]["vocab_size"]
     end = decoder.get("eos_token_id")
@@ -179,7 +180,7 @@ def _described(
         preprocessing=preprocessing_of(folders["encoder"], config["encoder"]["image_size"]),
         generation=filter_words(words, vocab_size),
         tokenizer=tokenizer_of(folders["decoder"]),
-        weights=(),
+        weights=weights,
         networks={},
         precision=None,
     )
