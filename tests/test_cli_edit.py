@@ -166,3 +166,24 @@ def test_strengths_are_compared_with_one_seed(run: Run) -> None:  # noqa: F811
     assert done.code == 0
     seeds = [Path(line).stem.rpartition("-")[2] for line in done.out.split()]
     assert len(seeds) == 3 and len(set(seeds)) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["img2img", "in/one.png", "-p", "red", "-o", "in/one.png"],
+        ["img2img", "in/one.png", "-p", "red", "--grid", "./in/../in/one.png", "--strengths", "1"],
+        ["inpaint", "in/one.png", "--mask", "mask.png", "-o", "mask.png"],
+        ["stylize", "in/one.png", "--style", "in/two.png", "-o", "in/two.png"],
+    ],
+)
+def test_what_is_read_is_not_written_over(run: Run, words: list[str]) -> None:  # noqa: F811
+    before = {path: path.read_bytes() for path in [*Path("in").iterdir(), Path("mask.png")]}
+    done = run(*words)
+    assert done.code == 2 and "is a file that is read: give another name" in done.err
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_picture_without_words_is_noted_once(run: Run) -> None:  # noqa: F811
+    done = run("img2img", "in", "-o", "out", "--strengths", "0.5,1")
+    assert done.code == 0 and done.err.count("no --prompt is given") == 1

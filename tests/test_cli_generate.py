@@ -171,7 +171,8 @@ def test_a_full_disk_keeps_the_finished(run: Run, monkeypatch: pytest.MonkeyPatc
         return real(self, data)
 
     monkeypatch.setattr(Path, "write_bytes", write_bytes)
-    done = run("generate", "red", "green", "blue", "red", "-o", "out", "--batch-size", 1)
+    words = ("red door", "green", "blue", "red")
+    done = run("generate", *words, "-o", "out", "--batch-size", 1)
     assert done.code == 3
     assert len(done.out.splitlines()) == 2
     assert len(done.err.splitlines()) == 1 and "No space left" in done.err
@@ -260,3 +261,25 @@ def process(*arguments: object, cwd: Path, fake: bool = True, **words: Any) -> A
         stderr=subprocess.PIPE,
         **{"stdout": subprocess.PIPE, **words},
     )
+
+
+def test_one_result_is_not_written_over_another(run: Run) -> None:
+    done = run("generate", "red", "-o", "a.png", "--grid", "a.png")
+    assert done.code == 2 and "--grid a.png is what --output names" in done.err
+
+
+def test_words_without_quotes_are_noted(run: Run) -> None:
+    done = run("generate", "red", "green", "blue", "-o", "out")
+    assert done.code == 0 and "3 prompts of one word each are drawn" in done.err
+    done = run("generate", "a red door", "green", "-o", "out")
+    assert done.code == 0 and done.err == ""
+
+
+def test_a_size_that_is_rounded_is_told_once(run: Run) -> None:
+    done = run("generate", "red", "--width", SIDE + 1, "-o", "a.png")
+    assert done.code == 0 and done.err.count("became") == 1 and done.err.startswith("diptych: ")
+
+
+def test_a_negative_prompt_without_guidance_is_noted(run: Run) -> None:
+    done = run("generate", "red", "--guidance-scale", 1, "--negative-prompt", "blue", "-o", "a.png")
+    assert done.code == 0 and "has no effect, for guidance_scale is 1" in done.err

@@ -36,3 +36,10 @@ def test_two_captions_for_one_picture(tmp_path: Path) -> None:
 def test_one_picture_has_no_other_to_be_dealt_to() -> None:
     found = report(["a dog"], [["a dog on grass"]])
     assert found.blind is None and found.as_dict()["blind"] is None
+
+
+def test_what_a_captioner_wrote_is_no_reference(tmp_path: Path) -> None:
+    row = {"file": "a.png", "text": "a dog", "token_ids": [1], "token_logprobs": [-1.0]}
+    (tmp_path / "x.jsonl").write_text(json.dumps(row))
+    with pytest.raises(BadInput, match=r"with --captions x\.jsonl"):
+        read_references(tmp_path / "x.jsonl")

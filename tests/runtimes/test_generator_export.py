@@ -238,3 +238,15 @@ def test_tasks_are_told_from_places(made: Callable[[str], Path], tmp_path: Path)
     (tmp_path / "model.ckpt").touch()
     assert conversion._task_of(tmp_path / "model.ckpt") == "text-to-image"
     assert conversion._task_of(tmp_path) == "image-to-text"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device")
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", "mps", "nonsense"])
+def test_devices_that_are_not_there(device: str, tmp_path: Path) -> None:
+    from diptych.runtimes.on_torch_generator import open_generator_checkpoint
+
+    modules = make_modules("sd1")
+    save_generator(modules, make_model(modules, "sd1"), tmp_path / "model")
+    with pytest.raises(BadInput, match=r"device '.*' cannot be used here") as caught:
+        open_generator_checkpoint(describe_generator(tmp_path / "model"), device, "float32")
+    assert len(str(caught.value)) < 300

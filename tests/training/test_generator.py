@@ -425,6 +425,17 @@ def test_dreambooth_keeps_what_the_class_looks_like(
     ]
     assert finished.files == (names[0],)
     assert names[0].read_bytes() != names[1].read_bytes()
+    times = [path.stat().st_mtime_ns for path in drawn]
+    kept = sorted((tmp_path / "b" / "class_images").glob("*.png"))
+    assert [path.stat().st_mtime_ns for path in kept] == times
+    # Those of another class are.
+    shutil.copytree(tmp_path / "a" / "class_images", tmp_path / "c" / "class_images")
+    other = {**words, "class_prompt": "a photo of a cat"}
+    finetune_generator(pictures, tmp_path / "c", sd1, **other)
+    others = sorted((tmp_path / "c" / "class_images").glob("*.png"))
+    assert len(others) == 2
+    with Image.open(others[0]) as picture:
+        assert "a photo of a cat" in picture.info["parameters"]
 
 
 def test_half_precision_stays_near(tmp_path: Path, sd1: Path, pictures: Path) -> None:

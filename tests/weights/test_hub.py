@@ -461,3 +461,13 @@ def test_what_a_model_does_not_have_is_not_asked_for_again(online: Hub, checkpoi
     model = resolve("owner/model")
     online.asked.clear()
     assert resolve("owner/model") == model and online.asked == []
+
+
+def test_a_known_model_of_the_other_kind() -> None:
+    from diptych.weights.diffusion import resolve_generator
+
+    for name in ("sd-1.5", "default-turbo"):
+        with pytest.raises(UnknownModel, match=r"draws pictures: use it with `diptych generate`"):
+            resolve(name)
+    with pytest.raises(UnknownModel, match=r"writes captions: use it with `diptych caption`"):
+        resolve_generator("nlpconnect/vit-gpt2-image-captioning")

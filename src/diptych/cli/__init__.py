@@ -7,12 +7,13 @@ stdout carries the result, stderr progress and complaints. Exit codes: 0 ok, 1 f
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from typing import Annotated
 
 import typer
 
-from diptych.cli.terminal import FAILED, INTERRUPTED, USAGE, complain
+from diptych.cli.terminal import FAILED, INTERRUPTED, USAGE, Notes, begin_notes, complain
 from diptych.cli.verbs import Verbs, without_frills
 from diptych.errors import BadImage, BadInput, DiptychError
 
@@ -29,6 +30,8 @@ app = without_frills(
 
 def main() -> None:
     """Run the command line and leave with its exit code."""
+    notes = Notes(logging.WARNING)
+    logging.getLogger("diptych").addHandler(notes)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A file name or caption that the terminal cannot show is shown escaped, not fatal.
@@ -55,6 +58,8 @@ def main() -> None:
             raise
         error.show()  # type: ignore[attr-defined]
         sys.exit(USAGE)
+    finally:
+        logging.getLogger("diptych").removeHandler(notes)
 
 
 def _version(value: bool) -> None:
@@ -71,4 +76,4 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    begin_notes()

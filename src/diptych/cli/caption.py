@@ -35,7 +35,12 @@ def caption(
         typer.Option(help="Draw where the model looked for each word of one picture."),
     ] = None,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Print probability and time as well.")
+        bool,
+        typer.Option(
+            "--verbose",
+            "-v",
+            help="Print probability (a word, on average) and time, and where it runs.",
+        ),
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")] = False,
     alpha: Annotated[
@@ -57,7 +62,7 @@ def caption(
         check_writable(heatmap, (".png", ".jpg", ".jpeg", ".webp"))
     captioner = loading.load(Captioner.load)
     if verbose:
-        complain(f"{captioner.model.name}: {captioner.networks.reason}")
+        complain(captioner.networks.place(captioner.model.name))
     reading: dict[str, Any] = {
         "alpha": alpha,
         "limits": ImageLimits(max_bytes=max_bytes, max_pixels=max_pixels),

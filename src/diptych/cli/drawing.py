@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, Protocol
 import typer
 
 from diptych.cli.flags import Loading, Output
-from diptych.cli.terminal import Format, check_writable, complain
+from diptych.cli.terminal import Format, check_writable, complain, note
 from diptych.errors import BadImage, BadInput, DiptychError
 
 if TYPE_CHECKING:
@@ -78,11 +79,26 @@ class Drawing(Loading):
     ] = False
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")] = False
 
-    def check(self) -> None:
-        """Raise `BadInput` for a file that could not be written in the end."""
+    def check(self, read: Iterable[object] = ()) -> None:
+        """Raise `BadInput` for a file that could not be written in the end, or must not be.
+
+        What is `read` must not be written over, nor one result by another.
+        """
         for path in (self.grid, self.preview):
             if path is not None:
                 check_writable(path, PICTURES)
+        taken = {
+            _real(each): "is a file that is read" for each in read if isinstance(each, str | Path)
+        }
+        for option, path in (("--output", self.output), ("--grid", self.grid)):
+            if path is None or path.is_dir():
+                continue
+            if (real := _real(path)) in taken:
+                raise BadInput(f"{option} {path} {taken[real]}: give another name")
+            taken[real] = f"is what {option} names"
+        if self.preview is not None and _real(self.preview) in taken:
+            told = taken[_real(self.preview)]
+            raise BadInput(f"--preview {self.preview} {told}: give another name")
 
     def open(self) -> ImageGenerator:
         """Load the generator with its LoRAs and learned words."""
@@ -94,7 +110,7 @@ class Drawing(Loading):
         if self.preview_vae is not None:
             generator.load_preview_vae(self.preview_vae)
         if self.verbose:
-            complain(f"{generator.model.name}: {generator.networks.reason}")
+            complain(generator.networks.place(generator.model.name))
         for each in self.lora or []:
             generator.load_lora(*file_and_number(each))
         for path in self.embedding or []:
@@ -120,7 +136,6 @@ def work(
 
     made: dict[int, GeneratedImage] = {}
     number, failed, shown = -1, 0, 0.0
-    noted: set[str] = set()
     for event in events:
         if not isinstance(event, GeneratedImage):
             advance(event)
@@ -129,10 +144,8 @@ def work(
                 shown = time.monotonic()
             continue
         number += 1
-        for note in event.notes:
-            if note not in noted:
-                noted.add(note)
-                complain(note)
+        for text in event.notes:
+            note(text)
         if event.error is not None:
             failed += 1
             # What is wrong with a file names the file; all else is told by the prompt.
@@ -158,6 +171,10 @@ def file_and_number(text: str) -> tuple[str, float]:
         return (path, float(number)) if path else (text, 1.0)
     except ValueError:
         return text, 1.0
+
+
+def _real(path: object) -> str:
+    return os.path.realpath(str(path))
 
 
 class FileNames:

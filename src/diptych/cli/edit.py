@@ -21,7 +21,7 @@ from diptych.cli.drawing import (
     write_sheet,
 )
 from diptych.cli.flags import with_options
-from diptych.cli.terminal import FAILED, SOME_FAILED, complain
+from diptych.cli.terminal import FAILED, SOME_FAILED, complain, note
 from diptych.errors import BadInput
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def img2img(
     def follow(generator: ImageGenerator, sources: list[Any], asked: Any) -> Iterator[Event]:
         return generator.follow(prompt, asked, image=sources)
 
+    if not prompt:
+        note("no --prompt is given: nothing but the picture leads the way")
     _edit(pictures, options, drawing, follow, ("strength", strengths))
 
 
@@ -83,7 +85,7 @@ def inpaint(
     def follow(generator: ImageGenerator, sources: list[Any], asked: Any) -> Iterator[Event]:
         return generator.follow(prompt, asked, image=sources, mask_image=mask)
 
-    _edit(pictures, options, drawing, follow, ("strength", strengths))
+    _edit(pictures, options, drawing, follow, ("strength", strengths), read=[mask])
 
 
 # What only chance and other samplers would need.
@@ -123,7 +125,7 @@ def stylize(
             mask_image=mask,
         )
 
-    _edit(pictures, options, drawing, follow, ("style_strength", strengths))
+    _edit(pictures, options, drawing, follow, ("style_strength", strengths), read=[mask, *styles])
 
 
 def _edit(
@@ -132,8 +134,12 @@ def _edit(
     drawing: Drawing,
     follow: Callable[[ImageGenerator, list[Any], Any], Iterator[Event]],
     varied: tuple[str, str | None],
+    read: Sequence[object] = (),
 ) -> None:
-    """Make one picture of each input, at each of the strengths that are compared."""
+    """Make one picture of each input, at each of the strengths that are compared.
+
+    `read` are files beside the inputs that must not be written over.
+    """
     from diptych.inputs import find_pictures
 
     inputs = find_pictures(paths)
@@ -146,7 +152,7 @@ def _edit(
     asked = [options.replace(**{field: level}) for level in levels] or [options]
     pictures = len(inputs) * each * len(asked)
     names = FileNames(drawing.output, pictures)
-    drawing.check()
+    drawing.check([*(each.source for each in inputs), *read])
     generator = drawing.open()
     started = time.perf_counter()
     made: list[tuple[int, int, GeneratedImage]] = []

@@ -12,7 +12,7 @@ import typer
 
 from diptych.cli.drawing import Drawing, FileNames, listing, steps_bar, work, write_sheet
 from diptych.cli.flags import with_options
-from diptych.cli.terminal import FAILED, SOME_FAILED, complain
+from diptych.cli.terminal import FAILED, SOME_FAILED, complain, note
 from diptych.errors import BadInput
 
 __all__ = ["generate"]
@@ -38,6 +38,11 @@ def generate(
 ) -> None:
     """Draw what words say."""
     wanted = read_prompts(prompts or [], prompts_file)
+    if len(prompts or []) > 1 and not any(" " in each for each in prompts or []):
+        note(
+            f"{len(wanted)} prompts of one word each are drawn: put quotes around a prompt of "
+            "several words"
+        )
     pictures = len(wanted) * options.num_images_per_prompt
     names = FileNames(drawing.output, pictures)
     drawing.check()

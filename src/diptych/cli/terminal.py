@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 
@@ -16,8 +18,11 @@ __all__ = [
     "SOME_FAILED",
     "USAGE",
     "Format",
+    "Notes",
+    "begin_notes",
     "check_writable",
     "complain",
+    "note",
     "progress",
 ]
 
@@ -60,6 +65,29 @@ class progress:
 def complain(message: str) -> None:
     """Write one line to stderr."""
     print(f"diptych: {message}", file=sys.stderr, flush=True)
+
+
+_noted: set[str] = set()
+
+
+def note(message: str) -> None:
+    """Write one line to stderr, the same one only once for a command."""
+    if message not in _noted:
+        _noted.add(message)
+        complain(message)
+
+
+def begin_notes() -> None:
+    """Begin a command, of which nothing was noted yet."""
+    _noted.clear()
+
+
+class Notes(logging.Handler):
+    """Write what the package logs as notes of a command."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            note(record.getMessage())
 
 
 def check_writable(path: Path, suffixes: tuple[str, ...] = ()) -> None:

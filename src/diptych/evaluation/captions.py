@@ -71,6 +71,11 @@ def read_references(path: Path, images: Path | None = None, split: str = "") -> 
         name = row.get("file", row.get("file_name"))
         captions = row.get("captions", row.get("text"))
         captions = [captions] if isinstance(captions, str) else captions
+        if "token_ids" in row and "token_logprobs" in row:
+            raise BadInput(
+                f"{path} is what `diptych caption` wrote: give people's captions as references, "
+                f"and this with --captions {path.name}"
+            )
         if not isinstance(name, str) or not isinstance(captions, list) or not _texts(captions):
             raise BadInput(
                 f"{path}, line {number}: needs a picture's 'file' and its 'captions', a list of "
@@ -160,7 +165,9 @@ def read_json_lines(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
     try:
         # By line feeds alone: a text may hold other characters that end lines elsewhere.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
         raise BadInput(f"{path}: cannot be read as text ({error})") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():

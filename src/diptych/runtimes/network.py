@@ -159,6 +159,10 @@ class OpenNetworks(dict[str, Network]):
         self.reason = reason
         self.modules = modules
 
+    def place(self, name: str) -> str:
+        """Say where the networks of the model called `name` run, and why there."""
+        return _place(name, self.runtime, self.device, self.dtype, self.reason)
+
     def to_compile(self, name: str) -> Mapping[str, nn.Module]:
         """Return `modules`; raises `UnsupportedModel` where the model called `name` has none."""
         if self.modules is None:
@@ -339,7 +343,11 @@ def _check(runtime: str, device: str, dtype: str) -> None:
 def _tell(
     model: ModelFolder | GeneratorFolder, runtime: str, device: str, dtype: str, reason: str
 ) -> None:
-    logger.info("%s runs in %s on %s as %s: %s", model.name, runtime, device, dtype, reason)
+    logger.info("%s", _place(model.name, runtime, device, dtype, reason))
+
+
+def _place(name: str, runtime: str, device: str, dtype: str, reason: str) -> str:
+    return f"{name} runs in {runtime} on {device} as {dtype}: {reason}"
 
 
 def _choose(

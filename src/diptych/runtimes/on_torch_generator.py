@@ -53,8 +53,9 @@ def open_generator_checkpoint(
     `dtype` auto is float16 on an NVIDIA card and float32 elsewhere.
     """
     from diptych.weights.load_generator import load_generator
+    from diptych.weights.load_module import as_device
 
-    device = best_device() if device == "auto" else device
+    device = str(as_device(best_device() if device == "auto" else device))
     if dtype == "auto":
         dtype = "float16" if device.startswith("cuda") else "float32"
     roomy = offload is False or (offload is None and _has_room(device, _file_bytes(model)))

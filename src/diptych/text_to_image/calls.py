@@ -105,6 +105,8 @@ class Calls:
         resolved = self._resolve(asked, noise)
         self._check(resolved, batch_size, on_error)
         notes = size_notes(asked, resolved)
+        if (negative_prompt or resolved.negative_prompt) and resolved.guidance_scale == 1:
+            notes += ("the negative prompt has no effect, for guidance_scale is 1",)
         # A strength is for what is made out of another picture.
         resolved = resolved.replace(strength=None)
         if isinstance(prompts, Sized):

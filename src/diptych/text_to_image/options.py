@@ -123,7 +123,11 @@ class GenerateOptions:
         choices=SPACINGS,
     )  # fmt: skip
     clip_skip: int | None = option(
-        int, "Layers of the text encoder left out at its end.", library=0, low=0, high=30
+        int,
+        "Layers of the text encoder left out at its end: A1111's Clip skip less one.",
+        library=0,
+        low=0,
+        high=30,
     )
     guidance_rescale: float | None = option(
         float, "How far guidance may not raise the contrast; 0 is off.",

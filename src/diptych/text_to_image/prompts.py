@@ -56,7 +56,11 @@ _MARK = re.compile(r"\\[\\()\[\]]|[()\[\]]|:\s*+([+-]?(?:\d++(?:\.\d*+)?|\.\d++)
 _BREAK = re.compile(r"\bBREAK\b")
 _NOT_READ = (
     (re.compile(r"\[[^\[\]]*(?:\||:\s*[\d.]+\s*\])"), "exchanging words between the steps"),
-    (re.compile(r"<(?:lora|lyco|hypernet):"), "loading weights from within a prompt"),
+    (
+        re.compile(r"<(?:lora|lyco|hypernet):"),
+        "loading weights from within a prompt (give --lora FILE:0.8, or load_lora)",
+    ),
+    (re.compile(r"(?<=\S )AND(?= \S)"), "composing several prompts"),
 )
 
 # Which tokenizer serves which text encoder; the order is that of the widths the UNet expects.

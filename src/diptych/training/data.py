@@ -254,7 +254,8 @@ def _nothing(
     if without:
         return (
             f"{data}: none of its {len(found)} pictures has a caption: write them beside the "
-            "pictures (photo.txt), or let the captioner do it with caption_with='default'"
+            "pictures (photo.txt); for a generator the captioner can do it (caption_with, "
+            "--caption-with default)"
         )
     if problems:
         first = problems[0]

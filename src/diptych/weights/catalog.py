@@ -34,6 +34,7 @@ __all__ = [
     "is_complete",
     "known_model",
     "names",
+    "other_task",
     "repository_folder",
 ]
 
@@ -203,6 +204,19 @@ def names(task: str | None = None) -> list[str]:
     known = [m for m in KNOWN if task in (None, m.task)]
     turbo = [TURBO] if task != CAPTIONS and _turbo() else []
     return [DEFAULT, *turbo, *(name for m in known for name in (m.id, *m.aliases))]
+
+
+def other_task(name: str, task: str) -> str | None:
+    """Say what a known model does, and where it belongs, if that is not `task`."""
+    known = known_model(name)
+    of = PICTURES if name == TURBO else None if known is None else known.task
+    if of is None or of == task:
+        return None
+    does = {
+        CAPTIONS: "writes captions: use it with `diptych caption`, or Captioner",
+        PICTURES: "draws pictures: use it with `diptych generate`, or ImageGenerator",
+    }
+    return does[of]
 
 
 def embedded_folder(task: str) -> Path:

@@ -107,6 +107,8 @@ def resolve_kind(
         _refuse_revision(name, revision)
         return kind.describe(path, name, None)
     known = catalog.known_model(name, kind.task)
+    if known is None and (told := catalog.other_task(name, kind.task)) is not None:
+        raise UnknownModel(f"{name} {told}")
     model_id = known.id if known else name
     if not _MODEL_ID.fullmatch(model_id) or isinstance(name_or_path, Path):
         raise UnknownModel(f"{name!r} is no folder here and no known model. {_advice(kind, name)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -223,7 +224,7 @@ def as_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split("\n", 1)[0]
+        reason = re.split(r"(?<=\.)\s", str(error), maxsplit=1)[0]  # some go on for a page
         raise BadInput(f"device {str(device)!r} cannot be used here: {reason}") from error
     return found
 
