@@ -283,3 +283,24 @@ def test_a_size_that_is_rounded_is_told_once(run: Run) -> None:
 def test_a_negative_prompt_without_guidance_is_noted(run: Run) -> None:
     done = run("generate", "red", "--guidance-scale", 1, "--negative-prompt", "blue", "-o", "a.png")
     assert done.code == 0 and "has no effect, for guidance_scale is 1" in done.err
+
+
+def test_settings_are_shown_as_they_were_written(run: Run) -> None:
+    run("generate", "a red door", "--seed", 7, "--steps", 3, "--sampler", "euler_a", "-o", "a.png")
+    Image.new("RGB", (8, 8)).save("plain.png")
+    done = run("settings", "a.png")
+    assert done.code == 0 and done.out.startswith("a red door\n")
+    assert "Sampler: Euler a" in done.out and "Seed: 7" in done.out
+    done = run("settings", "a.png", "plain.png", "--format", "jsonl")
+    assert done.code == 3 and done.err == "diptych: plain.png: this picture holds no settings\n"
+    (told,) = (json.loads(line) for line in done.out.splitlines())
+    assert (told["file"], told["prompt"]) == ("a.png", "a red door")
+    assert told["options"]["num_inference_steps"] == 3 and told["options"]["sampler"] == "euler_a"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("Euler a", "euler_a"), ("DPM++ 2M Karras", "dpmpp_2m"), ("ddm", "ddim")]
+)
+def test_names_of_other_programs_are_understood(run: Run, given: str, meant: str) -> None:
+    done = run("generate", "red", "--sampler", given)
+    assert done.code == 2 and f"Did you mean {meant!r}?" in done.err

@@ -6,7 +6,8 @@ import dataclasses
 import difflib
 import math
 import numbers
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from diptych.errors import BadInput
@@ -137,7 +138,20 @@ def check_value(field: dataclasses.Field[Any], value: object, where: str = "") -
     if fits and high is not None:
         fits = value <= high
     if not fits:
-        raise BadInput(f"{where}{field.name} is {value!r}: give {_wanted(field.metadata)}.")
+        raise BadInput(
+            f"{where}{field.name} is {value!r}: give {_wanted(field.metadata)}."
+            f"{_meant(value, choices)}"
+        )
+
+
+def _meant(value: object, choices: Sequence[object]) -> str:
+    """Ask for the choice that `value` may stand for, as `DPM++ 2M` does for `dpmpp_2m`."""
+    if not isinstance(value, str):
+        return ""
+    spelled = re.sub(r"[^a-z0-9]+", "_", value.lower().replace("++", "pp")).strip("_")
+    words = [choice for choice in choices if isinstance(choice, str)]
+    close = difflib.get_close_matches(spelled, words, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def plain(value: object) -> Any:

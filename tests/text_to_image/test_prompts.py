@@ -17,9 +17,7 @@ from diptych.errors import BadInput
 from diptych.runtimes.network import OpenNetworks
 from diptych.text import ClipTokenizer
 from diptych.text_to_image.prompts import (
-    Piece,
     encode_prompts,
-    escaped,
     parse_prompt,
     split_chunks,
 )
@@ -433,10 +431,3 @@ def test_torch_networks_give_the_same(towers: Any) -> None:
     (ours,) = encode_prompts(networks, TWO, ["a (cat:1.5)"], ["x"])
     (other,) = encode_prompts(opened(text_encoder=towers["one"]), TWO, ["a (cat:1.5)"], ["x"])
     assert np.array_equal(ours.positive.encoder_hidden_states, other.positive.encoder_hidden_states)
-
-
-@pytest.mark.parametrize(
-    "text", ["a (b:1.3) [c]", "\\(", "\\\\", "((", "]", "a screen (16:9)", "(ISO: 400)", "plain"]
-)
-def test_escaped_text_means_itself(text: str) -> None:
-    assert parse_prompt(escaped(text)) == [[Piece(text, 1.0)]]

@@ -38,6 +38,11 @@ VERBS = {
         "Repaint a part of pictures, or extend them; all else comes back bit for bit.",
     ),
     "stylize": Verb("edit", "stylize", "Give pictures the style of another."),
+    "settings": Verb(
+        "settings",
+        "settings",
+        "Show the prompt and settings inside pictures, whichever program wrote them.",
+    ),
     "export": Verb(
         "models",
         "export",

@@ -35,7 +35,6 @@ __all__ = [
     "Piece",
     "PromptPair",
     "encode_prompts",
-    "escaped",
     "parse_prompt",
     "split_chunks",
 ]
@@ -174,13 +173,6 @@ def parse_prompt(prompt: str) -> list[list[Piece]]:
         sections[-1].append(Piece(first, weight))
         sections += [[Piece(other, weight)] for other in others]
     return [_merged(section) for section in sections]
-
-
-def escaped(text: str) -> str:
-    """Return the prompt that means `text` as it stands, its brackets being no weights."""
-    if not any(bracket in text for bracket in "()[]"):
-        return text  # then backslashes are characters, too
-    return re.sub(r"([\\()\[\]])", r"\\\1", text)
 
 
 def split_chunks(prompt: str, tokenizer: ClipTokenizer) -> list[Chunk]:

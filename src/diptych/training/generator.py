@@ -327,7 +327,7 @@ class GeneratorTask:
         (folder / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
         generator = self._painter(self.learning.tokenizers)
         for number, prompt in enumerate(prompts):
-            drawn = self._drawn(generator, self._wording.as_prompt(prompt), number)
+            drawn = self._drawn(generator, prompt, number, self._wording.has_weights)
             drawn.save(folder / f"step-{step:08d}-{number}.png")
         self._resting.rest()
 
@@ -335,9 +335,13 @@ class GeneratorTask:
         self._resting.wake()
         return ImageGenerator(generator_networks(self.modules), tokenizers, self.model)
 
-    def _drawn(self, generator: ImageGenerator, prompt: str, seed: int) -> GeneratedImage:
+    def _drawn(
+        self, generator: ImageGenerator, prompt: str, seed: int, parse_weights: bool = True
+    ) -> GeneratedImage:
         side = self.options.resolution
-        return generator.generate(prompt, seed=seed, width=side, height=side)
+        return generator.generate(
+            prompt, seed=seed, width=side, height=side, parse_weights=parse_weights
+        )
 
     # --- the end ------------------------------------------------------------------------------
 

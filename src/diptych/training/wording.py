@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from diptych.text_to_image.prompts import escaped
 from diptych.training.data import Item
 from diptych.training.options import GeneratorTrainOptions
 
@@ -68,12 +67,10 @@ class Wording:
             return [self._sentences[n % len(self._sentences)] for n in range(count)]
         return [" ".join(each.captions[0].split()) for each in items[:count]]
 
-    def as_prompt(self, text: str) -> str:
-        """Return the prompt that draws one of `samples`: captions mean what stands there.
-
-        Those of the user are prompts already, with weights where they say so.
-        """
-        return text if self._options.sample_prompts else escaped(text)
+    @property
+    def has_weights(self) -> bool:
+        """Tell whether brackets of `samples` weigh words: captions mean what stands there."""
+        return bool(self._options.sample_prompts)
 
     def _shuffled(self, caption: str, rng: np.random.Generator) -> str:
         kept_places = self._options.keep_tokens
