@@ -150,7 +150,8 @@ def _meant(value: object, choices: Sequence[object]) -> str:
         return ""
     spelled = re.sub(r"[^a-z0-9]+", "_", value.lower().replace("++", "pp")).strip("_")
     words = [choice for choice in choices if isinstance(choice, str)]
-    close = difflib.get_close_matches(spelled, words, n=1)
+    begins = sorted((word for word in words if spelled.startswith(word)), key=len, reverse=True)
+    close = begins or difflib.get_close_matches(spelled, words, n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
