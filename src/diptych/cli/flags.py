@@ -123,7 +123,9 @@ def with_options(
         signature = inspect.signature(verb, eval_str=True)
         given = ("options", shared[0]) if shared is not None else ("options",)
         own = [p for p in signature.parameters.values() if p.name not in given]
-        flags = [_flag(field) for field in fields()]
+        # A model has habits of its own; how to train follows from method and data.
+        whose = "as method and data want it" if "Train" in kind else "the model's"
+        flags = [_flag(field, whose) for field in fields()]
         parameters = [*own, *([] if shared is None else _fields_as_flags(shared[1])), *flags]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -147,16 +149,16 @@ def _fields_as_flags(group: type) -> list[inspect.Parameter]:
     ]
 
 
-def _flag(field: Any) -> inspect.Parameter:
-    """Describe one field of an options dataclass to Typer."""
+def _flag(field: Any, whose: str) -> inspect.Parameter:
+    """Describe one field of an options dataclass to Typer; `whose` is a default that varies."""
     meta = field.metadata
     kind: Any = str if "never" in meta["choices"] else meta["kind"]
     kind = list[str] if kind is tuple else kind
     dashed = f"--{field.name.replace('_', '-')}"
     names = [f"{dashed}/--no-{dashed[2:]}"] if kind is bool else [dashed]
     names += [_SHORTER[field.name]] if field.name in _SHORTER else []
-    default = "none" if meta["default"] in (None, "") else str(meta["default"])
-    default = "the model's" if meta["from_model"] else default
+    default = "none" if meta["default"] in (None, "", ()) else str(meta["default"])
+    default = whose if meta["from_model"] else default
     text = meta["help"]
     if meta["choices"] and all(isinstance(choice, str) for choice in meta["choices"]):
         text = f"{text} One of {', '.join(meta['choices'])}."

@@ -65,6 +65,7 @@ def export(
     """Write a model as ONNX files that run without torch, and compare what both make."""
     from diptych.inputs import find_pictures
     from diptych.runtimes.conversion import export as export_any
+    from diptych.runtimes.conversion import tasks_of
 
     judge = None
     sources = [each.source for each in find_pictures(images)] if images else None
@@ -91,7 +92,9 @@ def export(
         judge=judge,
     )
     print(json.dumps(found, indent=2))
-    complain(f"written to {folder}")
+    (kind,) = tasks_of(folder)
+    use = "caption" if kind == "image-to-text" else "generate"
+    complain(f"written to {folder}: try `diptych {use} … --model {folder}`")
 
 
 def _calibrating(given: list[str]) -> list[Any]:
@@ -126,18 +129,22 @@ def models(format: Output = Format.text) -> None:
 
     known = available_models()
     if format is not Format.text:
-        records = [{**dataclasses.asdict(each)} for each in known]
+        records = [{"short": each.short, **dataclasses.asdict(each)} for each in known]
         lines = [json.dumps(record, default=str, ensure_ascii=False) for record in records]
         print("\n".join(lines) if format is Format.jsonl else f"[{','.join(lines)}]")
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("model", "task", "where", "size", "licence", "source", box=None, pad_edge=False)
+    names = ("short", "model", "task", "where", "size", "licence", "source")
+    table = Table(*names, box=None, pad_edge=False)
     for each in known:
         size = f"{each.size / 1e6:.0f} MB" if each.size else "?"
-        table.add_row(each.name, each.task, each.state, size, each.licence, each.source)
+        told = (each.name, each.task, each.state, size, each.licence, each.source)
+        table.add_row(each.short, *told)
     console = Console()
     if not console.is_terminal:
-        console = Console(width=200)  # names are for copying: never cut one
+        console = Console(width=400)  # names are for copying: never cut one
     console.print(table)
+    if any(each.state == "known" for each in known):
+        complain("what is known is fetched from the hub when it is first asked for")

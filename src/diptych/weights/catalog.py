@@ -176,6 +176,12 @@ class ModelInfo:
     revision: str | None
     path: Path | None  # None until it is fetched
 
+    @property
+    def short(self) -> str:
+        """Return the shortest name that means the model."""
+        known = known_model(self.name, self.task)
+        return min((self.name, *(known.aliases if known else ())), key=len)
+
 
 def available_models(task: str | None = None) -> list[ModelInfo]:
     """List what is embedded, then what is in the hub's cache, then what else is known.
