@@ -43,7 +43,7 @@ a batch do not change each other's captions. optimum rounds a batch by one scale
 
 Rows *embedded default* of the AMD EPYC are of the first default captioner.
 """,
-    "fewer_steps": """`default` is the first default generator here; the one that ships draws 92 %
+    "fewer_steps": """`default` is the first default generator here; the one that ships draws 91 %
 of the objects and colours right.
 """,
     "generate_speed": """Rows *embedded default* of the AMD EPYC are of the first default generator.
