@@ -285,7 +285,7 @@ def test_steps_lead_there_and_back(generator: ImageGenerator) -> None:
         ({"query_preservation": 1.2}, "query_preservation is 1.2: give a number from 0 to 1"),
         ({"attention_temperature": 0.0}, "attention_temperature is 0.0: give a number from 0.1"),
         ({"style_strength": -1}, "style_strength is -1: give a number from 0 to 1"),
-        ({"layers": "1,77"}, "layers is '1,77': give numbers from 0 to 5"),
+        ({"layers": "1,77"}, "layers is '1,77': give numbers from 0 to 8"),
         ({"style_weights": [1, 2]}, "style_weights is .* give 1 numbers"),
         ({"style": []}, "no style is given"),
         ({"gamma": 1}, "gamma is not an option of style_transfer"),

@@ -62,7 +62,8 @@ def test_folder_and_default(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> 
     [
         ("sd-1.6", "Did you mean sd-1.5"),
         ("sdlx", "Did you mean sdxl"),
-        ("vit-gpt2", "a single file, an id of the hub"),  # a captioner's
+        ("vit-gpt2", "vit-gpt2 writes captions: use it with `diptych caption`"),
+        ("nowhere", "a single file, an id of the hub"),
         ("./nowhere.safetensors", "is no folder here and no known model"),
     ],
 )
