@@ -30,6 +30,7 @@ NAMES = {
     "finetune_generator",
     "generate",
     "pipeline",
+    "read_settings",
 }
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from diptych.text_to_image.generated_image import GeneratedImage as GeneratedImage
     from diptych.text_to_image.generator import ImageGenerator as ImageGenerator
     from diptych.text_to_image.generator import generate as generate
+    from diptych.text_to_image.infotext import read_settings as read_settings
     from diptych.text_to_image.options import GenerateOptions as GenerateOptions
     from diptych.text_to_image.options import ImageToImageOptions as ImageToImageOptions
     from diptych.text_to_image.options import InpaintOptions as InpaintOptions
@@ -49,6 +50,7 @@ _HOMES = {
     "finetune_generator": "diptych.training.finetune",
     "generate": "diptych.text_to_image.generator",
     "pipeline": "diptych.image_to_text.pipeline",
+    "read_settings": "diptych.text_to_image.infotext",
 }
 
 __all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
