@@ -12,7 +12,15 @@ from pathlib import Path
 
 from diptych.errors import BadInput
 
-__all__ = ["PICTURE_SUFFIXES", "Picture", "at_home", "find_pictures"]
+__all__ = [
+    "PICTURE_SUFFIXES",
+    "Picture",
+    "at_home",
+    "find_pictures",
+    "is_file",
+    "is_folder",
+    "is_there",
+]
 
 # What a folder is searched for; a file that is named is read whatever it is called.
 PICTURE_SUFFIXES = frozenset(
@@ -36,6 +44,11 @@ class Picture:
 def at_home(path: str | os.PathLike[str]) -> Path:
     """Return `path` with `~` as the home; a name that only begins so is left as it is."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 (`Path` fails for an unknown user)
+
+
+# os.path's, for which a name that is too long, or may not be looked at, is merely not there; `Path`
+# raises for it.
+is_there, is_file, is_folder = os.path.exists, os.path.isfile, os.path.isdir
 
 
 def find_pictures(paths: Sequence[str]) -> list[Picture]:
@@ -68,10 +81,9 @@ def _expand(path: str) -> Iterator[Picture]:
         yield Picture("<stdin>", sys.stdin.buffer.read())
     elif _ADDRESS.match(path):
         yield Picture(path if len(path) < 200 else path[:60] + "…", path)
-    # os.path, for which a name that is too long, or may not be looked at, is merely not there.
-    elif os.path.isdir(path):  # noqa: PTH112
+    elif is_folder(path):
         yield from _in_folder(Path(path))
-    elif not os.path.exists(path) and glob.has_magic(path):  # noqa: PTH110
+    elif not is_there(path) and glob.has_magic(path):
         matches = sorted(glob.glob(path, recursive=True))  # noqa: PTH207 (also absolute patterns)
         if not matches:
             raise BadInput(f"{path}: no file matches this pattern")

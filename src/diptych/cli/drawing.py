@@ -87,18 +87,15 @@ class Drawing(Loading):
         for path in (self.grid, self.preview):
             if path is not None:
                 check_writable(path, PICTURES)
-        taken = {
-            _real(each): "is a file that is read" for each in read if isinstance(each, str | Path)
-        }
-        for option, path in (("--output", self.output), ("--grid", self.grid)):
+        files = [each for each in read if isinstance(each, str | Path)]
+        taken = {_real(each): "is a file that is read" for each in files}
+        results = {"--output": self.output, "--grid": self.grid, "--preview": self.preview}
+        for option, path in results.items():
             if path is None or path.is_dir():
                 continue
             if (real := _real(path)) in taken:
                 raise BadInput(f"{option} {path} {taken[real]}: give another name")
             taken[real] = f"is what {option} names"
-        if self.preview is not None and _real(self.preview) in taken:
-            told = taken[_real(self.preview)]
-            raise BadInput(f"--preview {self.preview} {told}: give another name")
 
     def open(self) -> ImageGenerator:
         """Load the generator with its LoRAs and learned words."""

@@ -94,7 +94,8 @@ def check_writable(path: Path, suffixes: tuple[str, ...] = ()) -> None:
     """Raise `BadInput` before the work is done, not after it, for a file that cannot be written."""
     if suffixes and path.suffix.lower() not in suffixes:
         raise BadInput(f"{path}: give a name that ends in {' or '.join(suffixes)}")
-    # os.path, for which a name that is too long is merely not there.
-    is_taken = os.path.isdir(path) or not os.path.isdir(path.absolute().parent)  # noqa: PTH112
+    from diptych.inputs import is_folder
+
+    is_taken = is_folder(path) or not is_folder(path.absolute().parent)
     if is_taken or len(os.fsencode(path.name)) > _LONGEST_NAME:
         raise BadInput(f"{path}: cannot be written; is it in a folder that exists?")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import secrets
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 
 from diptych import __version__
 from diptych.errors import BadInput
+from diptych.inputs import is_there
 from diptych.runtimes.graph import data_path, weights_file
 
 __all__ = [
@@ -102,7 +102,7 @@ def staged(folder: Path) -> Iterator[Path]:
     A new folder appears whole; in one that exists each file is replaced whole, `artifact.json`,
     which states the hashes of the others, last. Raises `BadInput` where it cannot be written.
     """
-    is_new = not os.path.exists(folder)  # noqa: PTH110 (a name that is too long is not there)
+    is_new = not is_there(folder)
     if not is_new and not folder.is_dir():
         raise BadInput(f"{folder} is a file: give a folder to write to")
     beside = folder.parent if is_new else folder

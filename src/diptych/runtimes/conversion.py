@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from diptych.errors import BadInput, UnsupportedModel
 from diptych.images import ImageInput, Preprocessing, preprocess
-from diptych.inputs import at_home
+from diptych.inputs import at_home, is_file, is_folder, is_there
 from diptych.runtimes.network import require_torch
 from diptych.runtimes.storage import PRECISIONS
 from diptych.weights import catalog
@@ -185,10 +184,9 @@ def _pixels(
 
 def _check_target(folder: Path, force: bool) -> None:
     """Raise `BadInput` for a folder that an artifact would be mixed into."""
-    # os.path, for which a name that is too long is merely not there.
-    if os.path.isfile(folder):  # noqa: PTH113
+    if is_file(folder):
         raise BadInput(f"{folder} is a file: give a folder to write to")
-    if force or not os.path.isdir(folder):  # noqa: PTH112
+    if force or not is_folder(folder):
         return
     names = sorted(path.name for path in folder.iterdir())
     if names:
@@ -283,7 +281,7 @@ def _task_of(model: str | Path) -> str | None:
     if str(model) in own:
         return own[str(model)]
     path = at_home(model)
-    if os.path.exists(path):  # noqa: PTH110
+    if is_there(path):
         return _task_of_path(path)
     known = catalog.known_model(str(model))
     return None if known is None else known.task

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych.runtimes.agreement import greedy_tokens, pictures_for
+from diptych.runtimes.graph import weights_file
 from diptych.runtimes.network import open_generator_networks, open_networks
 from diptych.runtimes.picture_agreement import draw, sketch_for
 from diptych.weights.diffusion import GeneratorFolder, resolve_generator
@@ -67,7 +68,7 @@ def size_of(model: ModelFolder | GeneratorFolder, runtime: str) -> int:
         paths = [
             each
             for path in model.networks.values()
-            for each in (path, path.with_name(f"{path.name}.data"))
+            for each in (path, path.parent / weights_file(path))
         ]
     return sum(path.stat().st_size for path in dict.fromkeys(paths) if path.is_file())
 

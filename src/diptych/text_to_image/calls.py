@@ -110,7 +110,8 @@ class Calls:
         # A strength is for what is made out of another picture.
         resolved = resolved.replace(strength=None)
         if isinstance(prompts, Sized):
-            check_numbers(len(prompts), resolved.num_images_per_prompt, negative_prompt, noise)
+            pictures = len(prompts) * resolved.num_images_per_prompt
+            check_numbers(len(prompts), pictures, negative_prompt, noise)
         subjects = (Subject(prompt, resolved, notes) for prompt in prompts)
         return Call(take_orders(subjects, negative_prompt, noise), batch_size, on_error)
 
@@ -148,7 +149,7 @@ class Calls:
         resolved = native.resolve(asked)
         self._check(resolved, batch_size, on_error)
         if count is not None:
-            check_numbers(count, resolved.num_images_per_prompt, negative_prompt, noise)
+            check_numbers(count, count * resolved.num_images_per_prompt, negative_prompt, noise)
         # Drawn once for the call: its pictures count on from there.
         asked = asked.replace(seed=resolved.seed)
         if isinstance(asked, InpaintOptions):

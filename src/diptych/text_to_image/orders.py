@@ -112,34 +112,25 @@ def take_orders(
                 subject.prompt, own, own_noise, subject.notes, subject.source, subject.error
             )
             place += 1
-    if negatives is not None and not isinstance(negatives, str) and number + 1 < len(negatives):
-        raise BadInput(
-            f"there are {len(negatives)} negative prompts for {number + 1} prompts: give one text "
-            "for all, or one for each"
-        )
-    if noise is not None and place < len(noise):
-        raise BadInput(
-            f"latents hold the noise of {len(noise)} pictures, and {place} are asked for: give "
-            "one for each"
-        )
+    check_numbers(number + 1, place, negatives, noise)
 
 
 def check_numbers(
     subjects: int,
-    pictures_each: int,
+    pictures: int,
     negatives: str | Sequence[str] | None,
     noise: NDArray[np.float32] | None,
 ) -> None:
-    """Raise `BadInput`, before any work, where the numbers of things to go together do not fit."""
+    """Raise `BadInput` where there are not as many negative prompts, or noises, as are wanted."""
     if negatives is not None and not isinstance(negatives, str) and len(negatives) != subjects:
         raise BadInput(
             f"there are {len(negatives)} negative prompts for {subjects} prompts: give one text "
             "for all, or one for each"
         )
-    if noise is not None and len(noise) != subjects * pictures_each:
+    if noise is not None and len(noise) != pictures:
         raise BadInput(
-            f"latents hold the noise of {len(noise)} pictures, and {subjects * pictures_each} are "
-            "asked for: give one for each"
+            f"latents hold the noise of {len(noise)} pictures, and {pictures} are asked for: give "
+            "one for each"
         )
 
 

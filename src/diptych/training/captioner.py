@@ -310,7 +310,7 @@ class CaptionerTask:
             self._set_training(False)
             drawn = self._drawn_captions(self._bridged(draws), generator)
             self._set_training(True)
-        # What was cast without gradients would be taken again with them (torch before 2.10).
+        # What was cast without gradients would be taken again with them by an older torch.
         torch.clear_autocast_cache()
         rewards = self._rewards(draws, drawn)
         together = [tokens for each in drawn for tokens in each]

@@ -19,7 +19,7 @@ from threading import Lock
 from typing import Generic, TypeVar
 
 from diptych.errors import BadInput, UnknownModel, UnsupportedModel
-from diptych.inputs import at_home
+from diptych.inputs import at_home, is_file, is_there
 from diptych.weights import catalog
 from diptych.weights.files import ModelFolder, describe
 from diptych.weights.generator_files import GeneratorFolder
@@ -101,9 +101,8 @@ def resolve_kind(
         if not folder.is_dir():
             raise UnknownModel(_no_default(kind))
         return kind.describe(folder, name, None)
-    # os.path, because a name too long for a path, or of an unknown user, is merely not there.
     path = at_home(name)
-    if name and os.path.exists(path):  # noqa: PTH110
+    if name and is_there(path):
         _refuse_revision(name, revision)
         return kind.describe(path, name, None)
     known = catalog.known_model(name, kind.task)
@@ -128,7 +127,7 @@ def resolve_file(name_or_path: str | os.PathLike[str]) -> Path:
 
     name = os.fspath(name_or_path)
     path = at_home(name)
-    if os.path.isfile(path):  # noqa: PTH113
+    if is_file(path):
         return path
     if not _FILE.fullmatch(name) or ".." in name or isinstance(name_or_path, Path):
         raise UnknownModel(f"there is no file {name}: give one, or owner/name/file of the hub.")
@@ -188,11 +187,11 @@ def _cached(
 ) -> Found | None:
     """Return what is in the cache, unless a branch or tag is asked for: those move."""
     if wanted is not None and _COMMIT.fullmatch(wanted):
-        snapshot = _snapshots(model_id) / wanted
-    elif asked or (snapshot_of_main := _at_branch(model_id, "main")) is None:
-        return None
+        snapshot: Path | None = _snapshots(model_id) / wanted
     else:
-        snapshot = snapshot_of_main
+        snapshot = None if asked else _at_branch(model_id, "main")
+    if snapshot is None:
+        return None
     # Other programs fetch what they need by itself: a captioner without a word on its pictures
     # may be one whose tokenizer and weights alone were loaded.
     if kind.task == catalog.CAPTIONS and not _tells_of_pictures(snapshot):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from diptych.errors import UnknownModel, UnsupportedModel, WeightsMismatch
-from diptych.inputs import at_home
+from diptych.inputs import at_home, is_folder
 from diptych.models.gpt2 import Gpt2
 from diptych.models.vision_encoder_decoder import VisionEncoderDecoder
 from diptych.models.vit import ViT
@@ -99,7 +98,7 @@ def load_parts(
 
 def _folder(name: str | Path) -> Path:
     path = at_home(name)
-    if os.path.isdir(path):  # noqa: PTH112 (a name that is too long is merely not there)
+    if is_folder(path):
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
