@@ -261,6 +261,14 @@ def test_latents_equal_the_reference_with_zero_terminal_snr(
         ("dpmpp_2m", {"final_sigmas_type": "sigma_min", "euler_at_final": True}),
         ("dpmpp_2m", {"final_sigmas_type": "sigma_min", "lower_order_final": False}),
         ("dpmpp_2m_sde", {"final_sigmas_type": "sigma_min"}),
+        ("dpmpp_2m", {"solver_order": 1}),
+        ("dpmpp_2m", {"solver_order": 3}),
+        ("dpmpp_2m", {"solver_order": 3, "final_sigmas_type": "sigma_min"}),
+        ("dpmpp_2m", {"solver_order": 3, "beta_schedule": "squaredcos_cap_v2"}),
+        ("dpmpp_2m_sde", {"solver_order": 1}),
+        ("ddim", {"clip_sample": True}),
+        ("ddim", {"clip_sample": True, "clip_sample_range": 0.5}),
+        ("heun", {"clip_sample": True}),
         ("unipc", {"solver_order": 3}),
         ("unipc", {"solver_order": 1}),
         ("unipc", {"solver_type": "bh1", "final_sigmas_type": "sigma_min"}),
@@ -281,6 +289,14 @@ def test_latents_equal_the_reference_for_the_rarer_settings(
     for count in (5, 20):
         spacing = "leading" if sampler in ("ddim", "pndm") else "linspace"
         check(sampler, count, monkeypatch, timestep_spacing=spacing, **config)
+
+
+def test_karras_sigmas_of_a_log_linear_table_span_all_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = {"use_karras_sigmas": True, "interpolation_type": "log_linear"}
+    for count in (5, 20):
+        check("euler", count, monkeypatch, timestep_spacing="leading", **words)
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from pathlib import Path
 from typing import Any
 
@@ -339,7 +340,7 @@ _CLASSES = {
     "HeunDiscreteScheduler": "heun",
     "LMSDiscreteScheduler": "lms",
     "DPMSolverMultistepScheduler": "dpmpp_2m",
-    "DPMSolverSinglestepScheduler": "dpmpp_sde",
+    "DPMSolverSinglestepScheduler": "dpmpp_2m",
     "UniPCMultistepScheduler": "unipc",
     "LCMScheduler": "lcm",
     "DPMSolverSDEScheduler": "dpmpp_sde",
@@ -420,7 +421,33 @@ def test_words_of_schedulers(document: dict[str, Any], words: dict[str, Any]) ->
     assert again == found
 
 
+@pytest.mark.parametrize(
+    ("document", "word"),
+    [
+        ({"_class_name": "UniPCMultistepScheduler", "predict_x0": False}, "predict_x0"),
+        ({"_class_name": "UniPCMultistepScheduler", "disable_corrector": [0]}, "disable_corrector"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -5.1}, "lambda_min"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_lu_lambdas": True}, "use_lu_lambdas"),
+        ({"_class_name": "PNDMScheduler"}, "skip_prk_steps"),
+        ({"_class_name": "LCMScheduler", "clip_sample": True}, "clip_sample"),
+        ({"_class_name": "DPMSolverSinglestepScheduler"}, "dpmpp_2m instead"),
+    ],
+)
+def test_words_that_are_left_out_are_told(
+    document: dict[str, Any], word: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    scheduler.read_config(document, is_xl=True)
+    assert word in caplog.text
+    caplog.clear()
+    usual = {"predict_x0": True, "disable_corrector": [], "lambda_min_clipped": -math.inf}
+    scheduler.read_config({"_class_name": "DPMSolverMultistepScheduler", **usual}, is_xl=True)
+    assert not caplog.text
+
+
 def test_old_files_of_sd_are_corrected() -> None:
+    clipping = {"_class_name": "DDIMScheduler"}
+    assert scheduler.read_config(clipping, is_xl=False)["clip_sample"] is False
+    assert scheduler.read_config(clipping, is_xl=True)["clip_sample"] is True
     document = {"_class_name": "PNDMScheduler", "steps_offset": 0}
     assert scheduler.read_config(document, is_xl=False)["steps_offset"] == 1
     assert scheduler.read_config(document, is_xl=True)["steps_offset"] == 0

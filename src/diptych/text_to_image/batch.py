@@ -44,7 +44,8 @@ class Row:
 class Batch:
     """Run the sampler over some pictures at once, from `start` [B, C, h, w].
 
-    `broken` tells, by row, after which step a picture held numbers that are not finite.
+    `broken` tells, by row, after which step a picture held numbers that are not finite. `finish`
+    is done to the latents of the end.
     """
 
     def __init__(
@@ -55,9 +56,12 @@ class Batch:
         networks: OpenNetworks,
         start: Array,
         noise: NoiseSource,
+        *,
+        finish: Callable[[Array], Array] | None = None,
     ) -> None:
         self.rows, self.steps = rows, steps
         self._denoise, self._networks, self._noise = denoise, networks, noise
+        self._end = finish
         self.broken: dict[int, int] = {}
         self._unseen: list[tuple[int, Array]] = []
         self.latents = start
@@ -77,7 +81,10 @@ class Batch:
     @property
     def finished(self) -> Array:
         """Return the latents [B, C, h, w] that the last step left, at the scale of pictures."""
-        return self.latents * self.steps.final_scale if self.steps.timesteps else self.latents
+        if not self.steps.timesteps:
+            return self.latents
+        latents = self.latents * self.steps.final_scale
+        return latents if self._end is None else self._end(latents)
 
     def error(self, row: int) -> DiptychError | None:
         """Return what befell a picture, None if it is whole."""

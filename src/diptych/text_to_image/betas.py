@@ -52,6 +52,8 @@ class ScheduleConfig:
     euler_at_final: bool = False
     original_inference_steps: int = 50  # LCM: the grid it was distilled on
     timestep_scaling: float = 10.0  # LCM: of its boundary condition
+    clip_sample: bool = False  # of ddim and heun: the clean latent to ± clip_sample_range
+    clip_sample_range: float = 1.0
 
 
 def alphas_cumprod_of(config: ScheduleConfig) -> NDArray[np.float32]:

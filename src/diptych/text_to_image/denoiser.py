@@ -268,6 +268,14 @@ class KeepOutside:
         denoised = self.denoise(latents, sigma)
         return self.image_latents + (denoised - self.image_latents) * mask
 
+    def finish(self, latents: Array) -> Array:
+        """Put the picture back into the latents [B, C, h, w] of the end: some samplers leave noise.
+
+        As diffusers does after its last step.
+        """
+        mask = (self.mask > 0) * (self.mask * 0 + 1) if self.is_soft else self.mask
+        return self.image_latents + (latents - self.image_latents) * mask
+
     def _mask_at(self, sigma: float) -> Array:
         if not self.is_soft:
             return self.mask

@@ -274,12 +274,13 @@ class Painter:
             steps = steps.after(options.strength)
             spread = steps.sigmas[0] if steps.timesteps else 0.0
             start = array(np.concatenate(latents) + (noise * spread).astype(np.float32))
-        denoise = self._denoiser(rows, steps)
+        denoise, finish = self._denoiser(rows, steps), None
         if latents and (mask := self._kept_by_latents(rows)) is not None:
             parts = array(mask), array(np.concatenate(latents)), array(noise)
             is_soft = any(order.source is not None and order.source.is_soft for order in orders)
             denoise = KeepOutside(denoise, steps, *parts, is_soft=is_soft)
-        return Batch(rows, steps, denoise, self._networks, start, source)
+            finish = denoise.finish
+        return Batch(rows, steps, denoise, self._networks, start, source, finish=finish)
 
     def _denoiser(self, rows: Sequence[Row], steps: Steps) -> Denoise:
         options, array = rows[0].order.options, self._networks.array

@@ -59,21 +59,24 @@ def ddim(
     *,
     eta: float = 0.0,
     targets: Sequence[float] | None = None,
+    clip: float | None = None,
 ) -> Iterator[Step]:
     """Step along the predicted noise (Song et al. 2021); `eta` 1 renews it as DDPM does.
 
     `targets` are the sigmas each step goes to, where these are not those the next starts from.
+    `clip` bounds the clean latent, and leaves the noise as it was predicted.
     """
     targets = sigmas[1:] if targets is None else targets
     for index, (sigma, target) in enumerate(zip(sigmas[:-1], targets, strict=True)):
         denoised = denoise(latents, sigma)
         down, up = _ancestral(sigma, target, eta)
-        latents = denoised + (latents - denoised) * (down / sigma)
+        clean = _clipped(denoised, clip)
+        latents = clean + (latents - denoised) * (down / sigma)
         if up:
             latents = latents + noise.like(latents) * up
         # The network will be told the next sigma: keep what it sees, as variance-one latents.
         latents = _told(latents, target, sigmas[index + 1])
-        yield Step(index, latents, denoised)
+        yield Step(index, latents, clean)
 
 
 def ddim_inversion(
@@ -123,15 +126,23 @@ def euler_a(
 
 
 def heun(
-    denoise: Denoise, latents: Array, sigmas: Sequence[float], noise: NoiseSource
+    denoise: Denoise,
+    latents: Array,
+    sigmas: Sequence[float],
+    noise: NoiseSource,
+    *,
+    clip: float | None = None,
 ) -> Iterator[Step]:
-    """Heun's method (Karras et al. 2022, algorithm 1): two calls a step, one in a step to 0."""
+    """Heun's method (Karras et al. 2022, algorithm 1): two calls a step, one in a step to 0.
+
+    `clip` bounds the clean latents.
+    """
     for index, (sigma, target) in enumerate(pairwise(sigmas)):
-        denoised = denoise(latents, sigma)
+        denoised = _clipped(denoise(latents, sigma), clip)
         slope = (latents - denoised) / sigma
         arrived = latents + slope * (target - sigma)
         if target:
-            denoised = denoise(arrived, target)
+            denoised = _clipped(denoise(arrived, target), clip)
             slope = (slope + (arrived - denoised) / target) / 2
             arrived = latents + slope * (target - sigma)
         latents = arrived
@@ -229,21 +240,26 @@ def dpmpp_2m(
     noise: NoiseSource,
     *,
     eta: float = 0.0,
+    solver_order: int = 2,
     solver_type: str = "midpoint",
     lower_order_final: bool | None = None,
     euler_at_final: bool = False,
 ) -> Iterator[Step]:
     """DPM-Solver++ (2M): second order from the step before (Lu et al. 2022).
 
-    `eta` 1 solves the reverse SDE instead of the ODE. With `lower_order_final` the last step is of
-    first order; None says so for fewer than 15 steps.
+    `eta` 1 solves the reverse SDE instead of the ODE. `solver_order` is 1 to 3, with `eta` 1 or 2.
+    With `lower_order_final` the last step is of first order, the one before of second; None says so
+    for fewer than 15 steps.
     """
     is_few = len(sigmas) <= 15 if lower_order_final is None else lower_order_final
-    is_first_order_last = euler_at_final or is_few
-    before: Array = None
+    most = min(solver_order, 2) if eta else solver_order
+    seen: list[Array] = []  # what was denoised before, the newest first
     for index, (sigma, target) in enumerate(pairwise(sigmas)):
         denoised = denoise(latents, sigma)
-        is_last = index == len(sigmas) - 2
+        left = len(sigmas) - 1 - index
+        order = min(most, len(seen) + 1, left if is_few else most)
+        if left == 1 and euler_at_final:
+            order = 1
         if target == 0:
             latents = denoised
         else:
@@ -251,15 +267,20 @@ def dpmpp_2m(
             rate = (1 + eta) * h
             shrink = -math.expm1(-rate)
             latents = latents * math.exp(-rate) + denoised * shrink
-            if before is not None and not (is_last and is_first_order_last):
-                slope = (denoised - before) * (h / math.log(sigmas[index - 1] / sigma))
-                latents = latents + slope * (
-                    1 - shrink / rate if solver_type == "heun" else shrink / 2
-                )
+            if order > 1:
+                ratio = math.log(sigmas[index - 1] / sigma) / h
+                slope = (denoised - seen[0]) / ratio
+                is_exact = solver_type == "heun" or order == 3
+                if order == 3:
+                    older = math.log(sigmas[index - 2] / sigmas[index - 1]) / h
+                    bend = (slope - (seen[0] - seen[1]) / older) / (ratio + older)
+                    slope = slope + bend * ratio
+                    latents = latents + bend * (0.5 - (rate - shrink) / rate**2)
+                latents = latents + slope * (1 - shrink / rate if is_exact else shrink / 2)
             if eta:
                 up = target * math.sqrt(-math.expm1(-2 * eta * h))
                 latents = latents + noise.like(latents) * up
-        before = denoised
+        seen = [denoised, *seen[:1]]
         yield Step(index, latents, denoised)
 
 
@@ -336,6 +357,10 @@ def lcm(
         denoised = denoise(latents, sigma)
         latents = denoised + noise.like(denoised) * target if target else denoised
         yield Step(index, latents, denoised)
+
+
+def _clipped(denoised: Array, clip: float | None) -> Array:
+    return denoised if clip is None else denoised.clip(-clip, clip)
 
 
 def _ancestral(sigma: float, target: float, eta: float = 1.0) -> tuple[float, float]:

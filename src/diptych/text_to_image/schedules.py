@@ -173,6 +173,8 @@ class NoiseSchedule:
             steps = self._sigma_steps(sampler, num_inference_steps, schedule, spacing)
         if sampler == "pndm" and self.config.prediction_type == "v_prediction":
             steps = replace(steps, settings={**steps.settings, "averages_velocity": True})
+        if sampler in ("ddim", "heun") and self.config.clip_sample:
+            steps = replace(steps, settings={**steps.settings, "clip": self.config.clip_sample_range})
         return replace(
             steps, log_sigmas=self._log_sigmas, timestep_scaling=self.config.timestep_scaling
         )
@@ -187,12 +189,14 @@ class NoiseSchedule:
         timesteps = self._spaced(count, spacing).astype(np.float32).astype(np.float64)
         sigmas = self._interpolated(timesteps)
         last = self._last_sigma() if sampler == "euler" else 0.0
+        is_log_linear = self.config.interpolation_type == "log_linear" and sampler == "euler"
         if schedule != "normal":
-            sigmas = self._scheduled(schedule, count, float(sigmas[0]), float(sigmas[-1]))
+            ends = self.sigmas[[-1, 0]] if is_log_linear else sigmas[[0, -1]]
+            sigmas = self._scheduled(schedule, count, float(ends[0]), float(ends[1]))
             timesteps = np.interp(np.log(sigmas), self._log_sigmas, np.arange(len(self.sigmas)))
-        elif self.config.interpolation_type == "log_linear" and sampler == "euler":
-            ends = self._log_sigmas[-1], self._log_sigmas[0]
-            *head, last = np.exp(np.linspace(*ends, count + 1)).tolist()
+        elif is_log_linear:
+            span = self._log_sigmas[-1], self._log_sigmas[0]
+            *head, last = np.exp(np.linspace(*span, count + 1)).tolist()
             sigmas = np.array(head)
         first = float(np.float32(sigmas[0]))
         # A start of standard deviation sigma would lack the picture's own variance, which diffusers
@@ -209,10 +213,13 @@ class NoiseSchedule:
         timesteps = self._spaced_for_solver(count, spacing)
         sigmas = self._interpolated(timesteps)
         if schedule != "normal":
-            # These take the range of the whole table, whatever the spacing, and whole timesteps.
+            # These take the range of the whole table, whatever the spacing, most whole timesteps.
             sigmas = self._scheduled(schedule, count, self.sigmas[-1], self.sigmas[0])
             timesteps = np.interp(np.log(sigmas), self._log_sigmas, np.arange(len(self.sigmas)))
-            timesteps = np.round(timesteps) if schedule == "karras" else np.floor(timesteps)
+            if schedule != "karras":
+                timesteps = np.floor(timesteps)
+            elif sampler == "unipc" or self.config.beta_schedule != "squaredcos_cap_v2":
+                timesteps = np.round(timesteps)
         last = self._last_sigma()
         return Steps(
             sampler=sampler,
@@ -233,6 +240,7 @@ class NoiseSchedule:
                 "lower_order_final": config.lower_order_final,
             }
         return {
+            "solver_order": config.solver_order,
             "solver_type": "midpoint" if is_bh else config.solver_type,
             # Of all steps, also where a strength leaves out the first of them.
             "lower_order_final": config.lower_order_final and count < _FEW_STEPS,

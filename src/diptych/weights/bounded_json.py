@@ -19,8 +19,13 @@ class Rejected(ValueError):
     """Say why a document is not read; whoever asked for it knows the file and what to do."""
 
 
-def read_object(path: Path, limit: int = _MAX_CONFIG) -> dict[str, Any]:
-    """Return the JSON object in the file at `path`; `Rejected` where there is none to trust."""
+def read_object(
+    path: Path, limit: int = _MAX_CONFIG, *, infinite: bool = False
+) -> dict[str, Any]:
+    """Return the JSON object in the file at `path`; `Rejected` where there is none to trust.
+
+    With `infinite` it may say Infinity and -Infinity, which JSON does not know.
+    """
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -31,10 +36,10 @@ def read_object(path: Path, limit: int = _MAX_CONFIG) -> dict[str, Any]:
             data = file.read(limit + 1)
     except OSError as error:
         raise Rejected(f"it cannot be opened: {error.strerror or error}") from error
-    return parse_object(data)
+    return parse_object(data, infinite=infinite)
 
 
-def parse_object(data: bytes) -> dict[str, Any]:
+def parse_object(data: bytes, *, infinite: bool = False) -> dict[str, Any]:
     """Return the JSON object that `data` spells; `Rejected` for anything else."""
     try:
         value = json.loads(
@@ -42,7 +47,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
             object_pairs_hook=_no_word_twice,
             parse_int=_bounded,
             parse_float=_finite,
-            parse_constant=_finite,
+            parse_constant=_no_nan if infinite else _finite,
         )
     except UnicodeDecodeError as error:
         raise Rejected(f"it is not UTF-8 text: byte {error.start}") from error
@@ -77,6 +82,10 @@ def _finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
         raise Rejected(f"the number {text[:20]} is out of range")
     return value
+
+
+def _no_nan(text: str) -> float:
+    return _finite(text) if text == "NaN" else float(text)
 
 
 def _check_depth(value: Any) -> None:

@@ -284,13 +284,18 @@ def precision_of(value: Any) -> str:
 # --- the files beside -----------------------------------------------------------------------------
 
 
-def read_document(folder: Path, name: str, missing: Any = UnsupportedModel) -> Any:
-    """Return the JSON object in a file of `folder`; with `missing` None, None where it is not."""
+def read_document(
+    folder: Path, name: str, missing: Any = UnsupportedModel, *, infinite: bool = False
+) -> Any:
+    """Return the JSON object in a file of `folder`; with `missing` None, None where it is not.
+
+    `infinite` as in `read_object`.
+    """
     path = folder / name
     if missing is None and not path.is_file():
         return None
     try:
-        return read_object(path)
+        return read_object(path, infinite=infinite)
     except Rejected as error:
         raise UnsupportedModel(f"{name} cannot be used: {error}: {FETCH_ANEW}") from error
 

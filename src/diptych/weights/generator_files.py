@@ -215,7 +215,8 @@ def _describe_folder(
     configs |= {"unet": unet, "vae": diffusers_vae.read_config(_config(folder, "vae"))}
     _check_widths(configs)
     own = index.get("_diptych") if isinstance(index.get("_diptych"), dict) else {}
-    document = read_document(folder / "scheduler", "scheduler_config.json")
+    # diffusers writes "lambda_min_clipped": -Infinity for its DPM-Solvers.
+    document = read_document(folder / "scheduler", "scheduler_config.json", infinite=True)
     schedule = scheduler.read_config(document, is_xl=is_xl)
     if prediction_type is not None:
         schedule["prediction_type"] = prediction_type

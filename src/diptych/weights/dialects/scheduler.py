@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,7 +34,6 @@ _SAMPLERS = {
     "LMSDiscreteScheduler": "lms",
     "DPMSolverMultistepScheduler": "dpmpp_2m",
     "DPMSolverSDEScheduler": "dpmpp_sde",
-    "DPMSolverSinglestepScheduler": "dpmpp_sde",
     "UniPCMultistepScheduler": "unipc",
     "LCMScheduler": "lcm",
 }
@@ -42,6 +42,7 @@ _NEAREST = {
     "DDPMParallelScheduler": "ddim",
     "TCDScheduler": "lcm",
     "DEISMultistepScheduler": "dpmpp_2m",
+    "DPMSolverSinglestepScheduler": "dpmpp_2m",
     "SASolverScheduler": "dpmpp_2m_sde",
     "KDPM2DiscreteScheduler": "heun",
     "KDPM2AncestralDiscreteScheduler": "euler_a",
@@ -68,12 +69,15 @@ _USUAL: dict[str, Any] = {
     "solver_type": "midpoint",
     "lower_order_final": True,
     "algorithm_type": "dpmsolver++",
+    "clip_sample": False,
 }
 _SCALED = {"beta_start": 0.00085, "beta_end": 0.012}
 _LCM = {**_SCALED, "beta_schedule": "scaled_linear", "set_alpha_to_one": True}
 _UNUSUAL: dict[str, dict[str, Any]] = {
-    "DDIMScheduler": {"set_alpha_to_one": True},
-    "DDIMParallelScheduler": {"set_alpha_to_one": True},
+    "DDIMScheduler": {"set_alpha_to_one": True, "clip_sample": True},
+    "DDIMParallelScheduler": {"set_alpha_to_one": True, "clip_sample": True},
+    "DDPMScheduler": {"clip_sample": True},
+    "DDPMParallelScheduler": {"clip_sample": True},
     "HeunDiscreteScheduler": _SCALED,
     "KDPM2DiscreteScheduler": _SCALED,
     "KDPM2AncestralDiscreteScheduler": _SCALED,
@@ -108,6 +112,8 @@ FIELDS = {
     "euler_at_final": Field("bool", False),
     "original_inference_steps": Field("int", 50, 1, 1_000_000),
     "timestep_scaling": Field("float", 10.0, 0, 1e6),
+    "clip_sample": Field("bool", False),
+    "clip_sample_range": Field("float", 1.0, 0, 1e6),
 }
 # Said in the words of diffusers, each is a field of the same name.
 _SHARED = tuple(name for name in FIELDS if name not in ("schedule", "sampler"))
@@ -120,15 +126,15 @@ def read_config(document: Mapping[str, Any], *, is_xl: bool) -> dict[str, Any]:
     """
     name = document.get("_class_name", "DDIMScheduler")
     sampler = _sampler(name, document)
-    _check_kind(name, document)
+    _check_kind(name, document, is_xl=is_xl)
     given = {word: value for word, value in document.items() if value is not None}
     theirs = {**_USUAL, **_UNUSUAL.get(name, {}), **given}
     values = {word: theirs[word] for word in _SHARED if word in theirs}
     # Where the file leaves the spacing out, each sampler has its own habit, in diffusers too.
     values["timestep_spacing"] = given.get("timestep_spacing")
     if not is_xl:
-        # Files from before it was a setting: the pipelines of SD 1 and 2 correct them on loading.
-        values["steps_offset"] = 1
+        # The pipelines of SD 1 and 2 correct these on loading: files from before they were set.
+        values["steps_offset"], values["clip_sample"] = 1, False
     flags = [schedule for flag, schedule in _SCHEDULES.items() if theirs.get(flag)]
     values["schedule"] = flags[0] if flags else "normal"
     values["sampler"] = sampler
@@ -144,8 +150,6 @@ def write_config(schedule: Mapping[str, Any]) -> dict[str, Any]:
     if name == "DPMSolverMultistepScheduler":
         words = {sampler: algorithm for algorithm, sampler in _ALGORITHMS.items()}
         document["algorithm_type"] = words[values["sampler"]]
-    if name in ("DDIMScheduler", "LCMScheduler"):
-        document["clip_sample"] = False
     if name == "PNDMScheduler":
         document["skip_prk_steps"] = True
     for flag, schedule_name in _SCHEDULES.items():
@@ -183,24 +187,28 @@ def check_config(values: Mapping[str, Any]) -> dict[str, Any]:
 # Words that a class of theirs does not take, and warns about.
 _SOLVER = {"solver_order", "solver_type", "lower_order_final", "euler_at_final"}
 _LCM_WORDS = {"original_inference_steps", "timestep_scaling"}
+_CLIP_WORDS = {"clip_sample", "clip_sample_range"}
 _ALPHA_WORDS = {"interpolation_type", "final_sigmas_type", *_SOLVER}
 _SIGMA_WORDS = {*_SOLVER, *_LCM_WORDS, "set_alpha_to_one"}
 _UNSAID: Mapping[str, set[str]] = {
     "DDIMScheduler": _ALPHA_WORDS | _LCM_WORDS,
-    "PNDMScheduler": _ALPHA_WORDS | _LCM_WORDS | {"rescale_betas_zero_snr"},
+    "PNDMScheduler": _ALPHA_WORDS | _LCM_WORDS | _CLIP_WORDS | {"rescale_betas_zero_snr"},
     "LCMScheduler": _ALPHA_WORDS,
-    "EulerDiscreteScheduler": _SIGMA_WORDS,
+    "EulerDiscreteScheduler": _SIGMA_WORDS | _CLIP_WORDS,
     **{
         name: _SIGMA_WORDS | {"interpolation_type", "final_sigmas_type"} | others
         for name, others in (
-            ("EulerAncestralDiscreteScheduler", set()),
+            ("EulerAncestralDiscreteScheduler", _CLIP_WORDS),
             ("HeunDiscreteScheduler", {"rescale_betas_zero_snr"}),
-            ("LMSDiscreteScheduler", {"rescale_betas_zero_snr"}),
-            ("DPMSolverSDEScheduler", {"rescale_betas_zero_snr"}),
+            ("LMSDiscreteScheduler", {"rescale_betas_zero_snr", *_CLIP_WORDS}),
+            ("DPMSolverSDEScheduler", {"rescale_betas_zero_snr", *_CLIP_WORDS}),
         )
     },
-    "DPMSolverMultistepScheduler": _LCM_WORDS | {"set_alpha_to_one", "interpolation_type"},
+    "DPMSolverMultistepScheduler": _LCM_WORDS
+    | _CLIP_WORDS
+    | {"set_alpha_to_one", "interpolation_type"},
     "UniPCMultistepScheduler": _LCM_WORDS
+    | _CLIP_WORDS
     | {"set_alpha_to_one", "interpolation_type", "euler_at_final"},
 }
 
@@ -226,7 +234,17 @@ def _sampler(name: Any, document: Mapping[str, Any]) -> str:
     return _ALGORITHMS.get(algorithm, "dpmpp_2m")
 
 
-def _check_kind(name: Any, document: Mapping[str, Any]) -> None:
+# Words that are not built, and what they are where nobody asks for them.
+_LEFT_OUT: Mapping[str, Any] = {
+    "thresholding": False,
+    "use_lu_lambdas": False,
+    "lambda_min_clipped": -math.inf,
+    "predict_x0": True,
+    "disable_corrector": [],
+}
+
+
+def _check_kind(name: Any, document: Mapping[str, Any], *, is_xl: bool) -> None:
     """Refuse what changes the noise and is not built; say what is left out."""
     if document.get("use_flow_sigmas"):
         raise UnsupportedModel("scheduler: it is for flow matching, which is not built")
@@ -235,6 +253,13 @@ def _check_kind(name: Any, document: Mapping[str, Any]) -> None:
     for word in ("sigma_min", "sigma_max"):
         if document.get(word) is not None:
             raise UnsupportedModel(f"scheduler: {word} is set, which is not built")
-    for word in ("thresholding", "use_lu_lambdas"):
-        if document.get(word):
-            logger.warning("%s: %s is set and left out", name, word)
+    for word, usual in _LEFT_OUT.items():
+        value = document.get(word, usual)
+        if value not in (usual, None):
+            logger.warning("%s: %s is %s, which is left out", name, word, repr(value)[:40])
+    if name == "PNDMScheduler" and not document.get("skip_prk_steps"):
+        logger.warning("%s: skip_prk_steps is not true, and its first steps are PLMS too", name)
+    if name == "LCMScheduler" and is_xl and document.get("clip_sample"):
+        logger.warning("%s: clip_sample is true, which is left out", name)
+    if document.get("algorithm_type") == "sde-dpmsolver++" and document.get("solver_order") == 3:
+        logger.warning("%s: solver_order is 3, which is built without noise only: 2 instead", name)
