@@ -17,16 +17,17 @@ from diffusers.loaders.lora_conversion_utils import (
     _maybe_map_sgm_blocks_to_diffusers,
 )
 from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diptych.errors import BadInput, UnsupportedModel, WeightsMismatch
 from diptych.models.clip_text import ClipText, ClipTextConfig
-from diptych.models.lora import layers
+from diptych.models.lora import LowRank, layers
 from diptych.models.unet import UNet, UNetConfig
 from diptych.weights.adapters import add_embedding, apply_lora, read_embedding
 from diptych.weights.dialects.ldm_unet import ldm_unet
 from diptych.weights.rename import backwards
+from diptych.weights.save_adapters import save_lora
 from traced import traced_once, untraced
 
 SD1 = UNetConfig(
@@ -198,6 +199,38 @@ def test_reads_the_block_numbers_of_ldm(pattern: str, tmp_path: Path) -> None:
         tensors |= kohya("lora_unet", name.removesuffix(".weight"), update)
     assert any("output_blocks_5_1_transformer_blocks_1" in name for name in tensors)
     assert places_by_diffusers(tensors, unet.config) == {f"unet.{path}" for _, path in updates}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    check_applied(modules, updates, tmp_path / "lora.safetensors")
+
+
+def test_every_layer_of_sdxl_in_kohya_s_names_is_known_to_diffusers(tmp_path: Path) -> None:
+    modules = make_modules("sdxl")
+    updates = draw_updates(modules, r"^(?!text_projection)")
+    low_rank = {}
+    for place, update in updates.items():
+        alpha = update.rank if update.alpha is None else update.alpha
+        low_rank[place] = LowRank(update.down, update.up, alpha / update.rank)
+    save_lora(low_rank, tmp_path / "lora.safetensors", layout="kohya")
+    tensors = load_file(tmp_path / "lora.safetensors")
+    ours = {f"{network}.{path}" for network, path in updates}
+    assert "unet.add_embedding.linear_1" in ours
+    assert places_by_diffusers(tensors, modules["unet"].config) == ours
+    check_applied(modules, updates, tmp_path / "lora.safetensors")
+
+
+def test_a_file_that_names_the_blocks_in_both_ways_is_read_once(tmp_path: Path) -> None:
+    modules = make_modules("sdxl")
+    unet = modules["unet"]
+    updates = draw_updates({"unet": unet}, LOCON)
+    dialect = ldm_unet({name: getattr(unet.config, name) for name in unet.config.__slots__})
+    tensors: Tensors = {}
+    for (_, path), update in updates.items():
+        (name,) = backwards(dialect, [f"{path}.weight"]).values()
+        other = Update(layers(unet)[path], update.rank, 1.0)  # what is not to be read
+        tensors |= kohya("lora_unet", name.removesuffix(".weight"), other)
+        tensors |= kohya("lora_unet", path, update)
+        if update.alpha is None:
+            tensors.pop(f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}.alpha", None)
     save_file(tensors, tmp_path / "lora.safetensors")
     check_applied(modules, updates, tmp_path / "lora.safetensors")
 

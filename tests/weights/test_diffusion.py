@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -503,6 +504,10 @@ def test_folder_that_does_not_fit(folder: Path, tmp_path: Path) -> None:
         ("text_encoder", {"hidden_act": "tanh"}, "hidden_act is 'tanh'"),
         ("scheduler", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatch"),
         ("scheduler", {"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'"),
+        ("scheduler", {"beta_start": float("nan")}, "NaN is out of range"),
+        ("scheduler", {"beta_start": float("-inf")}, "beta_start is -inf"),
+        ("unet", {"mid_block_type": None}, "mid_block_type is null"),
+        ("unet", {"out_channels": 8}, "gives 8 channels, and its autoencoder has 4"),
     ],
 )
 def test_config_that_is_not_built(
@@ -516,6 +521,29 @@ def test_config_that_is_not_built(
     with pytest.raises(UnsupportedModel, match=told) as caught:
         describe_generator(copy, "mine")
     assert str(caught.value).startswith("mine: ")
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistep", "DPMSolverSinglestep", "SASolver"])
+def test_scheduler_as_diffusers_writes_it(
+    pipelines: dict[Any, Any], tmp_path: Path, name: str
+) -> None:
+    copy = shutil.copytree(pipelines["sd1"][0], tmp_path / "a")
+    scheduler = getattr(diffusers, f"{name}Scheduler")(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    )
+    scheduler.save_pretrained(copy / "scheduler")
+    assert "-Infinity" in (copy / "scheduler" / "scheduler_config.json").read_text()
+    assert describe_generator(copy).schedule["sampler"].startswith("dpmpp_2m")
+
+
+@pytest.mark.parametrize("variant", ["bf16", "ema"])
+def test_the_only_variant_is_taken(
+    pipelines: dict[Any, Any], tmp_path: Path, variant: str
+) -> None:
+    copy = shutil.copytree(pipelines["sd1"][0], tmp_path / "a")
+    for path in copy.glob("*/*.safetensors"):
+        path.rename(path.with_suffix(f".{variant}.safetensors"))
+    assert sorted(load_generator(describe_generator(copy))) == ["text_encoder", "unet", "vae"]
 
 
 def test_folder_without_weights_is_described(pipelines: dict[Any, Any], tmp_path: Path) -> None:

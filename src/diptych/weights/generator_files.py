@@ -279,6 +279,11 @@ def _check_widths(configs: Mapping[str, Mapping[str, Any]]) -> None:
             f"its text encoders give {width} numbers a word, and its UNet takes "
             f"{configs['unet']['cross_attention_dim']}"
         )
+    given, wanted = configs["unet"]["out_channels"], configs["vae"]["latent_channels"]
+    if given != wanted:
+        raise UnsupportedModel(
+            f"its UNet gives {given} channels, and its autoencoder has {wanted} of latents"
+        )
 
 
 def _family(own: Any, configs: Mapping[str, Mapping[str, Any]]) -> str:
@@ -336,7 +341,8 @@ def _files(folder: Path, part: str, variant: str | None) -> tuple[Path, ...]:
 def weight_names(names: Collection[str], part: str, variant: str | None) -> tuple[str, ...]:
     """Choose the weights of a network among the files beside its config: one file, or an index.
 
-    Safetensors come first, halves where there is nothing else, unless `variant` asks for them.
+    Safetensors come first, halves or the only variant where there is nothing else, unless `variant`
+    asks for one.
     """
     variants = dict.fromkeys([variant, None, "fp16"] if variant else [None, "fp16"])
     for stem, ending in zip(_STEMS.get(part, _TEXT_STEMS), ("safetensors", "bin"), strict=True):
@@ -349,6 +355,13 @@ def weight_names(names: Collection[str], part: str, variant: str | None) -> tupl
             ):
                 if name in names:
                     return (name,)
+        others = [
+            name
+            for name in names
+            if name.startswith(f"{stem}.") and name.count(".") == 2 and name.endswith(f".{ending}")
+        ]
+        if len(others) == 1:  # a variant that nobody asked for, and all there is
+            return (others[0],)
     return ()
 
 

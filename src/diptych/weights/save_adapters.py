@@ -16,6 +16,8 @@ from diptych.weights.save_module import staged, write_file
 __all__ = ["save_embedding", "save_lora"]
 
 LAYOUTS = ("peft", "kohya")
+# diffusers knows these two of SDXL, among layers of kohya's, by the name they have in sgm.
+_SGM = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
 _KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
 
 
@@ -44,7 +46,7 @@ def save_lora(
             tensors |= {f"{base}.lora_A.weight": down, f"{base}.lora_B.weight": up}
             continue
         prefix = "lora_te1" if is_xl and network == "text_encoder" else _KOHYA[network]
-        base = f"{prefix}_{layer.replace('.', '_')}"
+        base = f"{prefix}_{_SGM.get(layer, layer).replace('.', '_')}"
         tensors |= {
             f"{base}.lora_down.weight": down,
             f"{base}.lora_up.weight": up,

@@ -144,6 +144,8 @@ def read_config(document: Mapping[str, Any]) -> dict[str, Any]:
     for word, inert in _INERT.items():
         if document.get(word) is not None and document[word] not in inert:
             raise UnsupportedModel(f"unet: {word} is {_shown(document[word])}, which is not built")
+    if "mid_block_type" in document and document["mid_block_type"] is None:
+        raise UnsupportedModel("unet: mid_block_type is null, and a UNet without one is not built")
     given = {word: value for word, value in document.items() if value is not None}
     theirs = {**_THEIRS, **given}
     levels = theirs["block_out_channels"]

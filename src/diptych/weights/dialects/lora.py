@@ -84,15 +84,20 @@ def find_places(
     `layers` lists the paths of each network; `unet_config`, the fields of `UNetConfig`, lets the
     numbered blocks of ldm be read too. Raises `Unplaced` for names that lead nowhere.
     """
-    spelled = _spellings(layers, unet_config)
+    spelled, numbered = _spellings(layers, unet_config)
+    names = list(names)
     found: dict[Place, Found] = {}
     lost = []
-    for name in names:
+    # Some files say everything twice. The numbered blocks of ldm come second then, as in diffusers.
+    second = {name for name in names if any(base in numbered for _, base in _bases(name))}
+    for name in sorted(names, key=second.__contains__):
         place = None
         for role, base in _bases(name):
             place = spelled.get(base)
             if place is not None and not getattr(found.get(place), role, ""):
                 setattr(found.setdefault(place, Found()), role, name)
+                break
+            if place is not None and name in second and getattr(found[place], role) not in second:
                 break
         else:
             lost.append(name)
@@ -120,21 +125,29 @@ def _bases(name: str) -> Iterator[tuple[str, str]]:
 
 def _spellings(
     layers: Mapping[str, Iterable[str]], unet_config: Mapping[str, Any] | None
-) -> dict[str, Place]:
-    """Return the place that each spelling of a layer means; the first network wins."""
+) -> tuple[dict[str, Place], set[str]]:
+    """Return the place that each spelling of a layer means; the first network wins.
+
+    The set holds those spellings that number the blocks as ldm does.
+    """
     spelled: dict[str, Place] = {}
+    numbered: set[str] = set()
     for network, paths in layers.items():
         paths = list(paths)
         ldm = _ldm_paths(paths, unet_config) if network == "unet" and unet_config else {}
         for path in paths:
             variants = {path, *_without_tower(path)}
-            for variant in (*variants, *ldm.get(path, ())):
-                for prefix in _KOHYA.get(network, ()):
+            for prefix in _KOHYA.get(network, ()):
+                for variant in variants:
                     spelled.setdefault(f"{prefix}_{variant.replace('.', '_')}", (network, path))
+                for variant in ldm.get(path, ()):
+                    spelling = f"{prefix}_{variant.replace('.', '_')}"
+                    if spelled.setdefault(spelling, (network, path)) == (network, path):
+                        numbered.add(spelling)
             for variant in {old for each in variants for old in (each, *_processor(each))}:
                 for prefix in _DOTTED:
                     spelled.setdefault(prefix.format(network=network) + variant, (network, path))
-    return spelled
+    return spelled, numbered
 
 
 def _without_tower(path: str) -> Iterator[str]:
