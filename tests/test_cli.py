@@ -171,6 +171,29 @@ def test_heatmap_is_a_picture(
         assert image.width >= 50 and image.height >= 40
 
 
+def test_heatmap_never_covers_the_photo(
+    told: Callable[..., Done], model: Path, photos: Path
+) -> None:
+    before = (photos / "a.png").read_bytes()
+    done = told("caption", photos / "a.png", "-m", model, "--heatmap", photos / "." / "a.png")
+    assert done.code == 2 and "is a file that is read: give another name" in done.err
+    assert (photos / "a.png").read_bytes() == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+@pytest.mark.parametrize("format", ["text", "json"])
+def test_output_that_cannot_be_written_is_one_sentence(
+    model: Path, photos: Path, format: str
+) -> None:
+    command = [sys.executable, "-m", "diptych", "caption", photos / "a.png", "-m", model]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*command, "-f", format], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr == "diptych: standard output cannot be written: No space left on device\n"
+
+
 def test_interruption_keeps_what_was_printed(model: Path, photos: Path, tmp_path: Path) -> None:
     for index in range(3000):
         (tmp_path / f"{index:04}.png").write_bytes((photos / "a.png").read_bytes())

@@ -136,7 +136,12 @@ def test_strength_0_is_the_autoencoder_and_1_is_generation(folders: Folders) -> 
 # Inpainting -------------------------------------------------------------------------------------
 
 
-SOME = [("sd1", 4, "pndm", 0.33), ("sd2", 4, "ddim", 0.17), ("sdxl", 4, "dpmpp_2m", 1.0), ("sd2", 9, "ddim", 1.0)]
+SOME = [
+    ("sd1", 4, "pndm", 0.33),
+    ("sd2", 4, "ddim", 0.17),
+    ("sdxl", 4, "dpmpp_2m", 1.0),
+    ("sd2", 9, "ddim", 1.0),
+]
 EVERY = [
     (family, channels, sampler, strength)
     for family in FAMILIES

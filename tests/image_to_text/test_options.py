@@ -69,10 +69,10 @@ def test_options_cannot_be_changed_or_mistyped() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "wanted"),
     [
-        ("num_beams", 0, "num_beams is 0: give a whole number of 1 or more."),
-        ("num_beams", True, "num_beams is True: give a whole number of 1 or more."),
-        ("num_beams", 2.0, "num_beams is 2.0: give a whole number of 1 or more."),
-        ("num_beams", "4", "num_beams is '4': give a whole number of 1 or more."),
+        ("num_beams", 0, "num_beams is 0: give a whole number from 1 to 1024."),
+        ("num_beams", True, "num_beams is True: give a whole number from 1 to 1024."),
+        ("num_beams", 2.0, "num_beams is 2.0: give a whole number from 1 to 1024."),
+        ("num_beams", "4", "num_beams is '4': give a whole number from 1 to 1024."),
         ("length_penalty", float("nan"), "length_penalty is nan: give a number from -10 to 10."),
         ("length_penalty", float("inf"), "length_penalty is inf: give a number from -10 to 10."),
         ("length_penalty", True, "length_penalty is True: give a number from -10 to 10."),

@@ -67,6 +67,19 @@ def test_lists_and_generators(pipe: Any) -> None:
     assert pipe([]) == []
 
 
+def test_a_dataset_is_asked_by_number(pipe: Any) -> None:
+    photos = [make_photo(seed) for seed in range(3)]
+
+    class Dataset:
+        def __len__(self) -> int:
+            return len(photos)
+
+        def __getitem__(self, number: int) -> Any:
+            return photos[number]
+
+    assert pipe(Dataset(), batch_size=2) == pipe(photos)
+
+
 def test_options(pipe: Any, folder: Path) -> None:
     photo = make_photo(1)
     assert pipe(photo, max_new_tokens=5) == pipe(photo, generate_kwargs={"max_new_tokens": 5})

@@ -39,6 +39,17 @@ def mean(image: Image.Image) -> list[float]:
 # Image to image ---------------------------------------------------------------------------------
 
 
+def test_a_size_is_told_once_and_as_it_is_made(
+    generator: ImageGenerator, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = 5 * DOWN - 1  # the nearest is above, and what is drawn below
+    made = generator.image_to_image(picture(), "red", width=wanted, strength=0.5)
+    (note,) = made.notes
+    assert note.startswith(f"width {wanted} became {made.options.width}: ")
+    assert made.options.width == 4 * DOWN and made.image.width == 4 * DOWN
+    assert f"became {5 * DOWN}" not in caplog.text
+
+
 def test_strength_leads_from_the_picture_to_the_words(generator: ImageGenerator) -> None:
     blue = Image.new("RGB", (SIDE, SIDE), "blue")
     still = generator.image_to_image(blue, "red", strength=0)

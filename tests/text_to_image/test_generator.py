@@ -64,6 +64,25 @@ def test_guidance_may_hold_for_a_part_of_the_way() -> None:
         generator.style_transfer(some.image, some.image, guidance_interval="0.3,0.6")
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ({"strength": 0.1}, "strength is not for style_transfer"),
+        ({"num_images_per_prompt": 2}, "num_images_per_prompt is not for style_transfer"),
+        ({"seed": 3}, "seed is not for style_transfer"),
+        ({"sampler": "euler"}, "sampler is not for style_transfer"),
+        ({"num_inference_steps": 3}, "num_inversion_steps"),
+        ({"prompt": None}, "prompt is None: style_transfer takes one"),
+        ({"prompt": ["a"]}, r"prompt is \['a'\]: style_transfer takes one"),
+        ({"layers": 3}, "layers"),
+    ],
+)
+def test_what_style_transfer_does_not_take(words: dict[str, Any], told: str) -> None:
+    picture = Image.new("RGB", (32, 32), "red")
+    with pytest.raises(BadInput, match=told):
+        make_generator().style_transfer(picture, picture, **words)
+
+
 def test_one_prompt_gives_one_picture_and_a_list_gives_a_list(generator: ImageGenerator) -> None:
     assert isinstance(generator.generate("red"), GeneratedImage)
     several = generator.generate(["red", "blue"])

@@ -537,9 +537,7 @@ def test_scheduler_as_diffusers_writes_it(
 
 
 @pytest.mark.parametrize("variant", ["bf16", "ema"])
-def test_the_only_variant_is_taken(
-    pipelines: dict[Any, Any], tmp_path: Path, variant: str
-) -> None:
+def test_the_only_variant_is_taken(pipelines: dict[Any, Any], tmp_path: Path, variant: str) -> None:
     copy = shutil.copytree(pipelines["sd1"][0], tmp_path / "a")
     for path in copy.glob("*/*.safetensors"):
         path.rename(path.with_suffix(f".{variant}.safetensors"))

@@ -394,6 +394,12 @@ def config(top: dict[str, Any] | None = None, **decoder: Any) -> dict[str, Any]:
                 "pad_token_id": 2,
             },
         ),
+        # As transformers 5 begins: with the first token that the generation config names.
+        (
+            config({"bos_token_id": 3}, decoder_start_token_id=7, eos_token_id=1),
+            {"bos_token_id": 4},
+            {"bos_token_id": 4, "decoder_start_token_id": 4, "eos_token_id": 1},
+        ),
     ],
 )
 def test_generation_defaults(

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from diptych.cli.flags import BatchSize, Loading, Output, with_options
-from diptych.cli.terminal import FAILED, SOME_FAILED, Format, check_writable, complain, progress
+from diptych.cli.terminal import (
+    FAILED,
+    SOME_FAILED,
+    Format,
+    check_writable,
+    complain,
+    progress,
+    real_path,
+)
 from diptych.errors import BadInput
 
 if TYPE_CHECKING:
@@ -60,6 +68,8 @@ def caption(
         if len(inputs) != 1:
             raise BadInput(f"--heatmap draws one picture, and {len(inputs)} were given: give one")
         check_writable(heatmap, (".png", ".jpg", ".jpeg", ".webp"))
+        if real_path(heatmap) == real_path(inputs[0].source):
+            raise BadInput(f"--heatmap {heatmap} is a file that is read: give another name")
     captioner = loading.load(Captioner.load)
     if verbose:
         complain(captioner.networks.place(captioner.model.name))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, Protocol
 import typer
 
 from diptych.cli.flags import Loading, Output
-from diptych.cli.terminal import Format, check_writable, complain, note
+from diptych.cli.terminal import Format, check_writable, complain, note, real_path
 from diptych.errors import BadImage, BadInput, DiptychError
 
 if TYPE_CHECKING:
@@ -88,12 +87,12 @@ class Drawing(Loading):
             if path is not None:
                 check_writable(path, PICTURES)
         files = [each for each in read if isinstance(each, str | Path)]
-        taken = {_real(each): "is a file that is read" for each in files}
+        taken = {real_path(each): "is a file that is read" for each in files}
         results = {"--output": self.output, "--grid": self.grid, "--preview": self.preview}
         for option, path in results.items():
             if path is None or path.is_dir():
                 continue
-            if (real := _real(path)) in taken:
+            if (real := real_path(path)) in taken:
                 raise BadInput(f"{option} {path} {taken[real]}: give another name")
             taken[real] = f"is what {option} names"
 
@@ -168,10 +167,6 @@ def file_and_number(text: str) -> tuple[str, float]:
         return (path, float(number)) if path else (text, 1.0)
     except ValueError:
         return text, 1.0
-
-
-def _real(path: object) -> str:
-    return os.path.realpath(str(path))
 
 
 class FileNames:

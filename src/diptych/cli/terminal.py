@@ -24,6 +24,7 @@ __all__ = [
     "complain",
     "note",
     "progress",
+    "real_path",
 ]
 
 _LONGEST_NAME = 255  # bytes, of most file systems
@@ -88,6 +89,11 @@ class Notes(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         with suppress(OSError):
             note(record.getMessage())
+
+
+def real_path(path: object) -> str:
+    """Return where a name leads to in the end: two names of one file are the same then."""
+    return os.path.realpath(str(path))
 
 
 def check_writable(path: Path, suffixes: tuple[str, ...] = ()) -> None:

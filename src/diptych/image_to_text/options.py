@@ -86,7 +86,7 @@ class CaptionOptions:
     """
 
     num_beams: int | None = option(
-        int, "Captions kept alive by beam search; 1 is greedy.", library=1, low=1
+        int, "Captions kept alive by beam search; 1 is greedy.", library=1, low=1, high=1024
     )
     length_penalty: float | None = option(
         float,

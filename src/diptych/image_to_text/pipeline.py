@@ -113,6 +113,7 @@ class ImageToTextPipeline:
             raise ValueError("Cannot call the image-to-text pipeline without an inputs argument!")
         options = _generate_options(max_new_tokens, generate_kwargs, prompt)
         limits = ImageLimits() if timeout is None else ImageLimits(timeout_s=timeout)
+        inputs = _each_of(inputs)
         several = not _is_one(inputs)
         captions = self._captions(
             inputs if several else [inputs], options, limits, batch_size or self.batch_size
@@ -163,6 +164,14 @@ def _generate_options(
 
 def _answer(caption: Caption) -> Answer:
     return [{"generated_text": each.text} for each in (caption, *caption.alternatives)]
+
+
+def _each_of(inputs: Any) -> Any:
+    """Return the items of a dataset, which is asked by number; anything else as it is."""
+    is_dataset = hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__")
+    if not is_dataset or isinstance(inputs, Iterable):
+        return inputs
+    return [inputs[number] for number in range(len(inputs))]
 
 
 def _is_one(inputs: object) -> bool:

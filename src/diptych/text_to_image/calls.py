@@ -45,7 +45,15 @@ Options = TypeVar("Options", bound=GenerateOptions)
 Images = ImageInput | Sequence[ImageInput] | Iterator[ImageInput]
 
 # It guides three rows of its own, each step as the one before.
-_NOT_OF_STYLE = {"guidance_interval": None, "reuse_interval": 1, "token_merging_ratio": 0.0}
+_NOT_OF_STYLE: Mapping[str, tuple[object, ...]] = {
+    "guidance_interval": (None,),
+    "reuse_interval": (1,),
+    "token_merging_ratio": (0.0,),
+    "strength": (None, 1.0),
+    "num_images_per_prompt": (None, 1),
+    "seed": (None, 0),
+    "sampler": (None, "ddim"),
+}
 
 
 class Calls:
@@ -146,7 +154,7 @@ class Calls:
         kind = InpaintOptions if is_inpainting else ImageToImageOptions
         asked = self._asked(kind, options, overrides)
         native = Native(self.defaults, self._autoencoder.downsampling)
-        resolved = native.resolve(asked)
+        resolved = native.resolve(asked.replace(width=None, height=None))
         self._check(resolved, batch_size, on_error)
         if count is not None:
             check_numbers(count, count * resolved.num_images_per_prompt, negative_prompt, noise)
@@ -174,12 +182,18 @@ class Calls:
         """Decide what takes on which styles, and how much each of them counts."""
         if isinstance(overrides.get("adain"), bool):
             overrides["adain"] = float(overrides["adain"])
-        if not isinstance(overrides.get("layers"), str | None):
+        if isinstance(overrides.get("layers"), list | tuple):
             overrides["layers"] = ",".join(map(str, overrides["layers"]))
         asked = self._asked(StyleOptions, options, overrides)
         for word, without in _NOT_OF_STYLE.items():
-            if getattr(asked, word) != without:
+            if getattr(asked, word) not in without:
                 raise BadInput(f"{word} is not for style_transfer: leave it out")
+        if asked.num_inference_steps not in (None, asked.num_inversion_steps):
+            raise BadInput(
+                "style_transfer takes as many steps as num_inversion_steps says: give it"
+            )
+        if not isinstance(prompt, str):
+            raise BadInput(f"prompt is {prompt!r}: style_transfer takes one, a string")
         chosen = {"sampler": "ddim", "num_inference_steps": asked.num_inversion_steps}
         asked = asked.replace(**chosen, seed=0, num_images_per_prompt=1, strength=1.0)
         asked.chosen_layers(*style_layers(self._model.configs["unet"]))
@@ -195,7 +209,7 @@ class Calls:
         # The model's guidance is for drawing from words alone.
         defaults = {**self.defaults, "guidance_scale": None}
         native = Native(defaults, self._autoencoder.downsampling)
-        self._check(native.resolve(asked), None, on_error)
+        self._check(native.resolve(asked.replace(width=None, height=None)), None, on_error)
         subjects = style_subjects(
             cast("Iterable[ImageInput]", contents), styles, mask_image, prompt, asked, native
         )

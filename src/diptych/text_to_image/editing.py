@@ -374,7 +374,8 @@ def _is_less(size: tuple[int, int], picture: tuple[int, int]) -> bool:
 def _impossible(
     prompt: str, asked: GenerateOptions, native: Native, error: DiptychError
 ) -> Subject:
-    return Subject(prompt, native.resolve(asked), error=error)
+    resolved = native.resolve(asked.replace(width=None, height=None))
+    return Subject(prompt, resolved, error=error)
 
 
 def is_one_picture(image: object) -> bool:

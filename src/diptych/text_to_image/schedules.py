@@ -174,7 +174,9 @@ class NoiseSchedule:
         if sampler == "pndm" and self.config.prediction_type == "v_prediction":
             steps = replace(steps, settings={**steps.settings, "averages_velocity": True})
         if sampler in ("ddim", "heun") and self.config.clip_sample:
-            steps = replace(steps, settings={**steps.settings, "clip": self.config.clip_sample_range})
+            steps = replace(
+                steps, settings={**steps.settings, "clip": self.config.clip_sample_range}
+            )
         return replace(
             steps, log_sigmas=self._log_sigmas, timestep_scaling=self.config.timestep_scaling
         )

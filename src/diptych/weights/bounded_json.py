@@ -19,9 +19,7 @@ class Rejected(ValueError):
     """Say why a document is not read; whoever asked for it knows the file and what to do."""
 
 
-def read_object(
-    path: Path, limit: int = _MAX_CONFIG, *, infinite: bool = False
-) -> dict[str, Any]:
+def read_object(path: Path, limit: int = _MAX_CONFIG, *, infinite: bool = False) -> dict[str, Any]:
     """Return the JSON object in the file at `path`; `Rejected` where there is none to trust.
 
     With `infinite` it may say Infinity and -Infinity, which JSON does not know.

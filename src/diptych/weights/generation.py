@@ -61,8 +61,9 @@ def generation_defaults(
     """Merge a `config.json` and a `generation_config.json` (None if there is none).
 
     With a generation config, that one decides alone, as in transformers; only token ids that it
-    does not name are taken from the config. Without one, the config's own words count, and those
-    of its decoder where it has none. `task_specific_params` is for another task, and ignored.
+    does not name are taken from the config, and its `bos_token_id` starts captions. Without one,
+    the config's own words count, and those of its decoder where it has none.
+    `task_specific_params` is for another task, and ignored.
     """
     decoder = config.get("decoder")
     decoder = decoder if isinstance(decoder, dict) else {}
@@ -71,6 +72,8 @@ def generation_defaults(
     }
     if words is not None:
         older = {word: older[word] for word in _TOKENS}
+        if words.get("bos_token_id") is not None:
+            older.pop("decoder_start_token_id")  # captions start with this one then
     return filter_words(
         {**older, **{k: v for k, v in (words or {}).items() if v is not None}}, vocab_size
     )
