@@ -301,12 +301,14 @@ def _network(folder: Path, name: str, runtime: str) -> Any:
     from diptych.runtimes.network import GENERATOR_NETWORKS
     from diptych.runtimes.onnx_networks import OnnxNetwork
 
-    def open_vino(path: Path, needed: str, *, keep_memory: bool) -> Any:
-        return on_openvino.OpenVinoSession(path, needed, keep_memory=keep_memory, dtype="float32")
+    def open_vino(path: Path, needed: str, *, memory: Any) -> Any:
+        return on_openvino.OpenVinoSession(path, needed, memory=memory, dtype="float32")
 
     opened = open_vino if runtime == "openvino" else on_onnxruntime.OnnxSession
     io = GENERATOR_NETWORKS[name]
-    return OnnxNetwork(folder / f"{name}.onnx", *io, opened, keep_memory=name == "unet")
+    return OnnxNetwork(
+        folder / f"{name}.onnx", *io, opened, memory="kept" if name == "unet" else "in pieces"
+    )
 
 
 def _ours(setting: Setting, dtype: str, size: int, artifact: Path | None = None) -> dict[str, Case]:

@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 
-from diptych.errors import BadInput, UnsupportedModel
+from diptych.errors import BadInput, QualityLoss, UnsupportedModel, WeightsMismatch
 from diptych.runtimes.graph import read_network
 from diptych.runtimes.network import Network, gather_rows, open_networks
 from diptych.runtimes.on_torch import torch_networks
@@ -252,6 +252,56 @@ def test_existing_folder_keeps_its_other_files(module: Make, export: Make, tmp_p
     assert (tmp_path / "model.card").read_text() == "mine"
     verify(describe(tmp_path))
     assert not list(tmp_path.glob(".*"))
+
+
+def test_what_spoke_of_the_model_before_is_removed(
+    module: Make, export: Make, tmp_path: Path, tokenizer: Path
+) -> None:
+    """A tokenizer.json is read first: it would decode the new model's words."""
+    export(module("prefix"), tmp_path / "a")
+    assert (tmp_path / "a" / "tokenizer.json").exists()
+    own = tmp_path / "own"
+    own.mkdir()
+    document = json.loads(tokenizer.read_text("utf-8"))["model"]
+    (own / "vocab.json").write_text(json.dumps(document["vocab"]))
+    merges = [each if isinstance(each, str) else " ".join(each) for each in document["merges"]]
+    (own / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges))
+    export(module("prefix", seed=1), tmp_path / "a", tokenizer=own / "vocab.json")
+    assert describe(tmp_path / "a").tokenizer.name == "vocab.json"
+    (tmp_path / "b" / "encoder.onnx").mkdir(parents=True)
+    with pytest.raises(BadInput, match=r"encoder\.onnx is a folder: give another"):
+        export(module("prefix"), tmp_path / "b")
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["encoder.onnx"]
+
+
+@pytest.mark.parametrize("mode", [None, "fp16", "int8"])
+def test_weights_that_are_no_numbers_are_no_export(
+    module: Make, export: Make, tmp_path: Path, mode: str | None
+) -> None:
+    captioner = module("prefix", seed=3)
+    with torch.no_grad():
+        next(p for n, p in captioner.named_parameters() if "mlp" in n and p.dim() == 2)[0, 0] = (
+            float("nan")
+        )
+    with pytest.raises(UnsupportedModel, match="logits are not finite"):
+        export(captioner, tmp_path / "a", mode=mode, force=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_edge_never_exceeds_its_size_in_silence(
+    module: Make, export: Make, tmp_path: Path, pictures: Make
+) -> None:
+    words = {"mode": "int8", "calibration": list(pictures(2)), "most_bytes": 1000}
+    with pytest.raises(QualityLoss, match=r"MB as int8, and 0\.0 are allowed"):
+        export(module("cross-attention"), tmp_path / "a", images=None, **words)
+    export(module("cross-attention"), tmp_path / "a", images=None, force=True, **words)
+
+
+def test_cut_weights_are_told_by_their_size(own: Path, tmp_path: Path) -> None:
+    data = own / "encoder.onnx.data"
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(WeightsMismatch, match=r"encoder\.onnx\.data has \d+ bytes and not \d+"):
+        describe(own)
 
 
 def test_failed_export_leaves_nothing(

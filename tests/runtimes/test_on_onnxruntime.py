@@ -152,21 +152,21 @@ def test_weights_outside_the_folder_are_refused(own: Path, location: str, runtim
 
 def test_other_files_are_refused(own: Path) -> None:
     with pytest.raises(UnsupportedModel, match=r"has no input input_ids: it was not exported"):
-        OnnxSession(own / "encoder.onnx", "input_ids", keep_memory=True)
+        OnnxSession(own / "encoder.onnx", "input_ids", memory="kept")
     with pytest.raises(UnsupportedModel, match=r"has no input pixel_values"):
-        OnnxSession(own / "decoder.onnx", "pixel_values", keep_memory=False)
+        OnnxSession(own / "decoder.onnx", "pixel_values", memory="in pieces")
     (own / "encoder.onnx").write_bytes(b"not a graph")
     with pytest.raises(UnsupportedModel, match=r"cannot be run: .*: export it anew"):
-        OnnxSession(own / "encoder.onnx", "pixel_values", keep_memory=False)
+        OnnxSession(own / "encoder.onnx", "pixel_values", memory="in pieces")
     with pytest.raises(UnsupportedModel):
-        OnnxSession(own / "gone.onnx", "pixel_values", keep_memory=False)
+        OnnxSession(own / "gone.onnx", "pixel_values", memory="in pieces")
 
 
 def test_cut_weights_are_refused(own: Path) -> None:
     data = own / "encoder.onnx.data"
     data.write_bytes(data.read_bytes()[:5000])
     with pytest.raises(UnsupportedModel):
-        OnnxSession(own / "encoder.onnx", "pixel_values", keep_memory=False)
+        OnnxSession(own / "encoder.onnx", "pixel_values", memory="in pieces")
 
 
 def test_changed_graph_is_found_by_its_hash(own: Path) -> None:
@@ -182,7 +182,7 @@ def test_stderr_stays_quiet(own: Path, capfd: pytest.CaptureFixture[str]) -> Non
         opened["encoder"](pixel_values=np.zeros((1, 3, 5, 5), np.float32))
     (own / "encoder.onnx").write_bytes(b"")
     with pytest.raises(UnsupportedModel):
-        OnnxSession(own / "encoder.onnx", "pixel_values", keep_memory=False)
+        OnnxSession(own / "encoder.onnx", "pixel_values", memory="in pieces")
     assert capfd.readouterr() == ("", "")
 
 

@@ -73,7 +73,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
 
 
 def open_file(path: Path, needed: str = "pixel_values") -> OpenVinoSession:
-    return OpenVinoSession(path, needed, keep_memory=False, dtype="float32")
+    return OpenVinoSession(path, needed, memory="in pieces", dtype="float32")
 
 
 def make_modules(kind: str) -> dict[str, nn.Module]:
@@ -487,3 +487,26 @@ def test_other_files_are_refused_without_noise(
     with pytest.raises(UnsupportedModel):
         open_file(own / "gone.onnx")
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_hubs_cache_of_links_is_read(own: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models--a--b"
+    blobs, snapshot = repository / "blobs", repository / "snapshots" / ("0" * 40)
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in [each for each in own.iterdir() if each.is_file()]:
+        (blobs / path.name.upper()).write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name.upper())
+    networks = open_networks(describe(snapshot), "openvino")
+    plain = open_networks(describe(own), "openvino")
+    pixels = np.ones((1, *_pixels(own)), np.float32)
+    (one,), (other,) = (each["encoder"](pixel_values=pixels) for each in (networks, plain))
+    assert np.array_equal(one, other)
+    assert sorted(path.name for path in blobs.iterdir()) == sorted(
+        path.name.upper() for path in own.iterdir() if path.is_file()
+    )
+
+
+def _pixels(folder: Path) -> tuple[int, int, int]:
+    encoder = describe(folder).config["encoder"]
+    return encoder["num_channels"], encoder["image_size"], encoder["image_size"]

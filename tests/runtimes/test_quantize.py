@@ -52,7 +52,7 @@ def test_batches_do_not_change_a_bit(variant: str, artifacts: Make, pictures: Ma
 def test_words_stay_close(variant: str, artifacts: Make) -> None:
     """Random networks exaggerate: words are near ties, and one other word changes the rest."""
     folder = artifacts(variant)
-    report = json.loads((folder / "int8" / "quantize.json").read_text())["int8"]
+    report = json.loads((folder / "int8" / "export.json").read_text())["int8"]
     assert report["tokens"]["images"] == 8
     assert report["tokens"]["agreeing"] > 0.3 * report["tokens"]["tokens"]
     for network in ("encoder", "decoder"):
@@ -85,7 +85,7 @@ def test_few_words_stay_in_half_precision(artifacts: Make, tmp_path: Path) -> No
     assert words is head
     assert (words.dtype, words.shape) == (np.float16, (400, 32))
     assert "decoder.wte.weight.int8" not in weights
-    OnnxSession(tmp_path / "decoder.onnx", "input_ids", keep_memory=True)
+    OnnxSession(tmp_path / "decoder.onnx", "input_ids", memory="kept")
 
 
 def write_product(path: Path, kernel: np.ndarray, op: str) -> None:
@@ -118,7 +118,7 @@ def test_products_are_close(
     rows[:, 3] *= 30  # an outlier, as language models have, costs its own block only
     expected = rows @ (kernel if op == "MatMul" else kernel.T)
     found = np.empty((5, outer), np.float32)
-    OnnxSession(tmp_path / "b.onnx", "rows", keep_memory=False).run(
+    OnnxSession(tmp_path / "b.onnx", "rows", memory="in pieces").run(
         {"rows": rows}, {"product": found}
     )
     assert np.abs(found - expected).max() < error * np.abs(expected).max()
@@ -133,7 +133,7 @@ def test_zeros_and_extremes_survive(tmp_path: Path) -> None:
     quantize_network(tmp_path / "a.onnx", tmp_path / "b.onnx", bits_for("int8"))
     rows = np.eye(1, 64, dtype=np.float32)
     found = np.empty((1, 4), np.float32)
-    OnnxSession(tmp_path / "b.onnx", "rows", keep_memory=False).run(
+    OnnxSession(tmp_path / "b.onnx", "rows", memory="in pieces").run(
         {"rows": rows}, {"product": found}
     )
     assert np.allclose(found, kernel[:1], rtol=0.02, atol=0)

@@ -84,7 +84,7 @@ def test_units_are_attention_or_mlp_of_a_layer() -> None:
 def test_a_great_loss_is_no_export(artifacts: Make, tmp_path: Path) -> None:
     tokens = {"images": 20, "identical": 18, "tokens": 200, "agreeing": 30}
     check_bound({"tokens": tokens}, Shrinking(mode="int4", images=[]))
-    with pytest.raises(QualityLoss, match="only 90% of the captions are the same after int8"):
+    with pytest.raises(QualityLoss, match="only 90% of the captions are the same in int8"):
         check_bound({"tokens": tokens}, Shrinking(mode="int8", images=[]))
     with pytest.raises(QualityLoss, match="only 15% of the words are the same on seeded"):
         check_bound({"tokens": tokens}, Shrinking(mode="int8"))

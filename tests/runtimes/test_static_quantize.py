@@ -50,7 +50,7 @@ def test_ranges_are_those_of_the_tensors(tmp_path: Path) -> None:
     )
     quantize_statically(tmp_path / "a.onnx", tmp_path / "b.onnx", ranges)
     found = np.empty((5, 16), np.float32)
-    session = OnnxSession(tmp_path / "b.onnx", "rows", keep_memory=False)
+    session = OnnxSession(tmp_path / "b.onnx", "rows", memory="in pieces")
     session.run({"rows": feeds[0]}, {"product": found})
     expected = bent[0] @ second
     assert 0 < np.abs(found - expected).max() < 0.06 * np.abs(expected).max()

@@ -44,13 +44,13 @@ def test_each_number_is_close(precision: str, runtime: str, tmp_path: Path) -> N
     picture[np.arange(96), np.arange(96), 2, 2] = 1
     feed = {"rows": np.eye(96, dtype=np.float32), "pixels": picture}
     if runtime == "onnxruntime":
-        session = OnnxSession(tmp_path / "both.onnx", "rows", keep_memory=False)
+        session = OnnxSession(tmp_path / "both.onnx", "rows", memory="in pieces")
     else:
         pytest.importorskip("openvino")
         from diptych.runtimes.on_openvino import OpenVinoSession
 
         session = OpenVinoSession(
-            tmp_path / "both.onnx", "rows", keep_memory=False, dtype="float32"
+            tmp_path / "both.onnx", "rows", memory="in pieces", dtype="float32"
         )
     product, mapped = session.compute(feed, ["product", "map"])
     # The picture's point meets the kernel turned about.
@@ -67,3 +67,22 @@ def test_each_number_is_close(precision: str, runtime: str, tmp_path: Path) -> N
 def test_another_precision_is_refused() -> None:
     with pytest.raises(BadInput, match="the precision is 'int3': give fp32, fp16, int8 or int4"):
         shrink(Graph("empty"), "int3")
+
+
+def test_int4_of_a_larger_matrix_is_one_in_both_runtimes(tmp_path: Path) -> None:
+    """OpenVINO once rounded every other upper half up, where it multiplies by packed weights."""
+    pytest.importorskip("openvino")
+    from diptych.runtimes.on_openvino import OpenVinoSession
+
+    random = np.random.default_rng(4)
+    matrix = random.standard_normal((256, 512)).astype(np.float32)
+    graph = Graph("one")
+    graph.input("rows", "FLOAT", ["N", len(matrix)])
+    graph.output("product", ["N", matrix.shape[1]])
+    graph.add("MatMul", "rows", graph.weight("matrix", matrix), to="product")
+    shrink(graph, "int4").write(path := tmp_path / "one.onnx")
+    rows = {"rows": np.eye(256, dtype=np.float32)}
+    (one,) = OnnxSession(path, "rows", memory="in pieces").compute(rows, ["product"])
+    session = OpenVinoSession(path, "rows", memory="in pieces", dtype="float32")
+    (other,) = session.compute(rows, ["product"])
+    np.testing.assert_allclose(other, one, atol=1e-6)

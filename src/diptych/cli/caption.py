@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -70,7 +72,11 @@ def caption(
         check_writable(heatmap, (".png", ".jpg", ".jpeg", ".webp"))
         if real_path(heatmap) == real_path(inputs[0].source):
             raise BadInput(f"--heatmap {heatmap} is a file that is read: give another name")
+    _give_back_memory(1 << 17, 1 << 17)
     captioner = loading.load(Captioner.load)
+    # Small devices are what int4 is for; glibc itself ends at these others, which cost no time.
+    thresholds = (1 << 20, 4 << 20) if captioner.model.precision == "int4" else (32 << 20, 64 << 20)
+    _give_back_memory(*thresholds)
     if verbose:
         complain(captioner.networks.place(captioner.model.name))
     reading: dict[str, Any] = {
@@ -97,6 +103,19 @@ def caption(
         printer.close()
     if failed:
         raise typer.Exit(FAILED if failed == len(inputs) else SOME_FAILED)
+
+
+def _give_back_memory(block: int, top: int) -> None:
+    """Let glibc return freed blocks of `block` bytes at once, and `top` at the heap's end.
+
+    It learns both from what a program frees, and keeps what a model was made of while loading:
+    some 20 MB (`docs/lab-notes.md`).
+    """
+    trim_threshold, mmap_threshold = -1, -3
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        library = ctypes.CDLL(None)
+        library.mallopt(mmap_threshold, block)
+        library.mallopt(trim_threshold, top)
 
 
 class Printer:

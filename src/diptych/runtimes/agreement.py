@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diptych.errors import BadInput
+from diptych.errors import BadInput, UnsupportedModel
 from diptych.runtimes.network import BRIDGED, Network
 
 __all__ = ["Pixels", "compare_tensors", "compare_tokens", "greedy_tokens", "pictures_for"]
@@ -29,7 +29,10 @@ def greedy_tokens(
     generation: Mapping[str, Any],
     max_new_tokens: int = 16,
 ) -> list[list[int]]:
-    """Return the likeliest next words of each picture [C, H, W], up to the end token."""
+    """Return the likeliest next words of each picture [C, H, W], up to the end token.
+
+    Raises `UnsupportedModel` where the logits are not finite.
+    """
     bridge = BRIDGED[config["bridge"]]
     ends = generation.get("eos_token_id")
     ends = set(ends if isinstance(ends, list) else [ends])
@@ -46,6 +49,11 @@ def greedy_tokens(
             logits, past = networks["decoder"](
                 input_ids=words, past_key_values=past, **{bridge: bridged}
             )
+            if not np.isfinite(logits).all():
+                raise UnsupportedModel(
+                    "the captioner's logits are not finite: its weights are damaged, or too large "
+                    "for this precision"
+                )
             words = logits.argmax(-1)[:, None]
             rows.append(words)
             if bridge == "prefix_embeds":

@@ -7,7 +7,7 @@ import json
 import platform
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -96,11 +96,12 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 @contextmanager
-def staged(folder: Path) -> Iterator[Path]:
+def staged(folder: Path, *, adds: bool = False) -> Iterator[Path]:
     """Give a folder to write into, whose files take their places in `folder` at the end.
 
     A new folder appears whole; in one that exists each file is replaced whole, `artifact.json`,
-    which states the hashes of the others, last. Raises `BadInput` where it cannot be written.
+    which states the hashes of the others, last, and what spoke of another model there is removed,
+    unless the writer `adds` to it. Raises `BadInput` where it cannot be written.
     """
     is_new = not is_there(folder)
     if not is_new and not folder.is_dir():
@@ -114,11 +115,17 @@ def staged(folder: Path) -> Iterator[Path]:
             staging.rename(folder)
         else:
             files = [path for path in staging.rglob("*") if path.is_file()]
+            _make_way({path.relative_to(staging) for path in files}, folder, adds=adds)
             for path in sorted(files, key=lambda path: path.name == "artifact.json"):
                 target = folder / path.relative_to(staging)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 path.replace(target)
     except OSError as error:
+        named = Path(error.filename) if isinstance(error.filename, str) else folder
+        if not named.is_relative_to(beside) and named != folder:
+            raise BadInput(
+                f"{folder} cannot be written, for {named} cannot be read: {error.strerror or error}"
+            ) from error
         raise BadInput(
             f"{folder} cannot be written: {error.strerror or error}: make room, or give another"
         ) from error
@@ -126,16 +133,39 @@ def staged(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _make_way(names: Set[Path], folder: Path, *, adds: bool) -> None:
+    """Remove from `folder` what would speak of the model before; raise `BadInput` for folders.
+
+    A `tokenizer.json` is read before a `vocab.json`; a report and weights belong to their model.
+    """
+    for name in names:
+        if (folder / name).is_dir():
+            raise BadInput(f"{folder / name} is a folder: give another folder to write to")
+    if adds:
+        return
+    stale = {Path("export.json"), Path("quantize.json")}
+    stale |= {name.with_name("tokenizer.json") for name in names if name.name == "vocab.json"}
+    stale |= {name.with_name(f"{name.name}.data") for name in names if name.suffix == ".onnx"}
+    for name in stale - names:
+        (folder / name).unlink(missing_ok=True)
+
+
 def network_entry(path: Path, folder: Path | None = None) -> dict[str, Any]:
     """Return what `artifact.json` says of the network at `path`, and of its weights in `folder`."""
     folder = folder or path.parent
     weights = folder / weights_file(path)
-    data = {"data": file_entry(weights, folder)} if weights.exists() else {}
-    return {**file_entry(path), **data}
+    entry: dict[str, Any] = file_entry(path)
+    if weights.exists():
+        entry["data"] = file_entry(weights, folder)
+    if weights == data_path(path) and weights.exists():
+        # Counted whenever the model is opened; a checkpoint that is shared may change.
+        entry["data"]["bytes"] = weights.stat().st_size
+    return entry
 
 
 def file_entry(path: Path, folder: Path | None = None) -> dict[str, str]:
     """Return the name of a file, from `folder` on, and what it is to be held against."""
     name = path.relative_to(folder or path.parent).as_posix()
     with path.open("rb") as file:
-        return {"file": name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"file": name, "sha256": digest}

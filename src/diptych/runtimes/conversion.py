@@ -113,9 +113,13 @@ def export_model(
     if quantize not in (None, *PRECISIONS[1:]):
         choices = f"{', '.join(PRECISIONS[1:-1])} or {PRECISIONS[-1]}"
         raise BadInput(f"quantize is {quantize!r}: give {choices}")
-    _check_target(Path(folder), request.force)
+    folder = at_home(folder)
+    _check_target(folder, request.force)
     if isinstance(model, ModelFolder) and quantize and profile is None and not model.weights:
-        return _quantize_artifact(model, folder, quantize, request)
+        report = _quantize_artifact(model, folder, quantize, request)
+        if request.measure:
+            _add_figures(report, model, Path(folder))
+        return report
     require_torch("exporting a model", "export")
     if isinstance(model, GeneratorFolder):
         report = _export_generator(model, folder, request)
@@ -135,7 +139,7 @@ def _add_figures(
 
     made = resolve_generator(folder) if isinstance(model, GeneratorFolder) else describe(folder)
     report["measured"] = {
-        "before": measure(model, "torch"),
+        "before": measure(model, "torch" if model.weights else "onnxruntime"),
         "after": measure(made, "onnxruntime"),
     }
     beside = folder / ".export.json.partial"
@@ -186,6 +190,8 @@ def _check_target(folder: Path, force: bool) -> None:
     """Raise `BadInput` for a folder that an artifact would be mixed into."""
     if is_file(folder):
         raise BadInput(f"{folder} is a file: give a folder to write to")
+    if "\0" in str(folder):
+        raise BadInput(f"{str(folder)!r} cannot be the name of a folder")
     if force or not is_folder(folder):
         return
     names = sorted(path.name for path in folder.iterdir())

@@ -9,7 +9,7 @@ import copy
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from diptych.runtimes.graph import Weights
 from diptych.runtimes.network import open_networks
 from diptych.runtimes.on_torch import faster, torch_networks, twin
 from diptych.runtimes.quantize import check_mode
-from diptych.runtimes.smaller_captioner import Shrinking, check_bound, write_smaller
+from diptych.runtimes.smaller_captioner import Shrinking, check_bound, check_size, write_smaller
 from diptych.runtimes.vocabulary import (
     cut_generation,
     cut_weights,
@@ -99,6 +99,7 @@ def export_captioner(
             "source": dict(belongings.source),
             "fp32": _compare(module, plain, pictures),
         }
+        check_bound(report["fp32"], replace(wanted, mode="fp32"))
         source_of_small = plain
         if words is not None:
             source_of_small = staging / "cut" if wanted.mode else staging
@@ -109,6 +110,7 @@ def export_captioner(
             small = write_smaller(describe(source_of_small), staging, belongings.source, wanted)
             report[wanted.mode] = small
             check_bound(small, wanted)
+            check_size(staging, wanted)
             if wanted.judge is not None:
                 small["judged"] = wanted.judge(describe(plain), describe(staging))
         for made in {plain, source_of_small} - {staging}:

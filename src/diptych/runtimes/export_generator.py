@@ -177,7 +177,7 @@ def add_edition(
         for layer, update, alpha in read_lora({"unet": unet}, lora)
     }
     name, weights_of = f"unet_{kind}", network_path(folder, "unet")
-    with _for_export({"unet": unet}) as plain, staged(folder) as staging:
+    with _for_export({"unet": unet}) as plain, staged(folder, adds=True) as staging:
         whole = unet_graph(_config(plain["unet"]), _weights(plain["unet"]))
         shared = folder / weights_file(weights_of)
         checkpoint = shared if shared.suffix == ".safetensors" else None

@@ -260,6 +260,12 @@ def read_network(path: Path) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
         dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
         key = (int(entry["offset"]), dtype, tuple(tensor.dims))
         if key not in mapped:
-            mapped[key] = np.memmap(data_path(path), dtype, "r", key[0], key[2])
+            try:
+                mapped[key] = np.memmap(data_path(path), dtype, "r", key[0], key[2])
+            except (OSError, ValueError) as error:
+                raise UnsupportedModel(
+                    f"{data_path(path)} does not hold all that {path.name} names: it is cut, or of "
+                    "another export: export or fetch the model anew"
+                ) from error
         weights[tensor.name] = mapped[key]
     return model, weights

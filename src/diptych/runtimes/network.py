@@ -364,6 +364,8 @@ def _choose(
         against = f"its ONNX networks run on the cpu, not on {device}"
     elif dtype not in ("auto", "float32") and runtime != "openvino":
         against = f"its ONNX networks are {model.precision}, not {dtype}"
+        if (model.precision, dtype) == ("fp16", "float16"):
+            against = "its ONNX networks are stored in fp16, and compute in float32"
     if runtime == "auto" and dtype == "bfloat16" and _is_left_to_openvino(model, device):
         return "openvino", "it alone computes in bfloat16 with ONNX networks"
     if runtime in ("onnxruntime", "openvino") and against:

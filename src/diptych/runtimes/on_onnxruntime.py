@@ -13,7 +13,7 @@ from diptych.errors import UnsupportedModel
 from diptych.runtimes import onnx_networks
 from diptych.runtimes.cores import available_cores
 from diptych.runtimes.network import Network
-from diptych.runtimes.onnx_networks import Floats, explained, unreadable
+from diptych.runtimes.onnx_networks import Floats, Memory, explained, unreadable
 
 __all__ = ["OnnxSession", "open_artifact", "open_generator_files"]
 
@@ -48,7 +48,7 @@ class OnnxSession:
         path: Path,
         needed: str,
         *,
-        keep_memory: bool,
+        memory: Memory,
         weights: Mapping[str, Floats] | None = None,
     ) -> None:
         options = _options()
@@ -59,7 +59,7 @@ class OnnxSession:
         }
         for name, value in self._weights.items():
             options.add_initializer(name, value)
-        options.enable_cpu_mem_arena = keep_memory
+        options.enable_cpu_mem_arena = memory != "in pieces"
         try:
             self._session = onnxruntime.InferenceSession(
                 str(path),
@@ -81,6 +81,8 @@ class OnnxSession:
             raise UnsupportedModel(f"{path} has no input {needed}: it was not exported by diptych")
         self._run_options = onnxruntime.RunOptions()
         self._run_options.log_severity_level = _ERRORS_ONLY
+        if memory == "given back":
+            self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._path = path
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -114,6 +116,8 @@ def _options() -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = available_cores()
     options.log_severity_level = _ERRORS_ONLY
+    # A plan of memory for every shape that was ever seen: captions have one for each word.
+    options.enable_mem_pattern = False
     # Two sessions take turns: without this, the threads of the one that has just run keep a core
     # busy while the other works (a third of the time of a caption on two cores).
     options.add_session_config_entry("session.force_spinning_stop", "1")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any
 
@@ -16,7 +20,8 @@ from diptych.errors import BadInput, UnsupportedModel
 from diptych.runtimes import onnx_networks
 from diptych.runtimes.cores import available_cores
 from diptych.runtimes.network import STYLE_INPUTS, Network
-from diptych.runtimes.onnx_networks import Floats, explained, unreadable
+from diptych.runtimes.onnx_networks import Floats, Memory, explained, unreadable
+from diptych.weights.files import is_inside
 
 __all__ = ["OpenVinoSession", "check_dtype", "open_artifact", "open_generator_files"]
 
@@ -60,9 +65,9 @@ class OpenVinoSession:
     threads wait for one another.
     """
 
-    def __init__(self, path: Path, needed: str, *, keep_memory: bool, dtype: str) -> None:
+    def __init__(self, path: Path, needed: str, *, memory: Memory, dtype: str) -> None:
         self._path, self._needed = path, needed
-        self._keep_memory, self._dtype = keep_memory, dtype
+        self._keep_memory, self._dtype = memory == "kept", dtype
         self._lock = Lock()
         model = self._read()
         self.kinds = {each.any_name: _kind(each) for each in model.inputs}
@@ -136,7 +141,8 @@ class OpenVinoSession:
 
     def _read(self) -> openvino.Model:
         try:
-            return _reader().convert(_reader().load(str(self._path)))
+            with _without_links(self._path) as path:
+                return _reader().convert(_reader().load(str(path)))
         except Exception as error:  # openvino raises RuntimeError, or what its bindings raise
             raise unreadable(self._path, error) from error
 
@@ -147,6 +153,36 @@ class OpenVinoSession:
         except Exception as error:
             raise unreadable(self._path, error) from error
         return _Run(compiled, keep_memory=self._keep_memory)
+
+
+@contextmanager
+def _without_links(path: Path) -> Iterator[Path]:
+    """Give a graph to read; where links lie beside it, as in the Hub's cache, its double of files.
+
+    OpenVINO follows no link to weights. What is mapped stays when the double is gone.
+    """
+    folder = path.parent
+    files = [each for each in folder.rglob("*") if each.is_file()]
+    if not any(each.is_symlink() for each in files):
+        yield path
+        return
+    with TemporaryDirectory(prefix=".diptych.", dir=_room_beside(path)) as made:
+        for each in files:
+            if not is_inside(each, folder):
+                continue
+            target = Path(made) / each.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                target.hardlink_to(each.resolve())
+            except OSError:  # another file system, or one without hard links
+                shutil.copyfile(each, target)
+        yield Path(made) / path.name
+
+
+def _room_beside(path: Path) -> Path | None:
+    """Return the folder where the file really lies, None where nothing can be put there."""
+    folder = path.resolve().parent
+    return folder if os.access(folder, os.W_OK) else None
 
 
 class _Run:

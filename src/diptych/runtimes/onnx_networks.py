@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,14 +60,18 @@ class Session(Protocol):
         ...
 
 
+Memory = Literal["kept", "given back", "in pieces"]
+
+
 class OpenSession(Protocol):
     """Open a file that has the input `needed`.
 
-    With `keep_memory` a run leaves what it worked in to the next one. Raises `UnsupportedModel`
-    for files that are none of ours.
+    What a run works in is `memory`: "kept" for the next, "given back" whole at its end, or taken
+    and given back "in pieces" as it goes. Raises `UnsupportedModel` for files that are none of
+    ours.
     """
 
-    def __call__(self, path: Path, needed: str, *, keep_memory: bool) -> Session: ...
+    def __call__(self, path: Path, needed: str, *, memory: Memory) -> Session: ...
 
 
 def open_captioner_files(
@@ -75,9 +79,9 @@ def open_captioner_files(
 ) -> dict[str, Network]:
     """Open `encoder` and `decoder`; raises `UnsupportedModel` for files that are none of ours."""
     # The decoder first: loading its head takes room for a moment that the encoder fills for good.
-    decoder = OnnxDecoder(open_session(files["decoder"], "input_ids", keep_memory=True))
-    # It runs once a picture: what it works in is better given back than kept for the next.
-    encoder = OnnxEncoder(open_session(files["encoder"], "pixel_values", keep_memory=False))
+    decoder = OnnxDecoder(open_session(files["decoder"], "input_ids", memory="kept"))
+    # It runs once a picture. In pieces, what it works in would never leave the heap.
+    encoder = OnnxEncoder(open_session(files["encoder"], "pixel_values", memory="given back"))
     return {"encoder": encoder, "decoder": decoder}
 
 
@@ -90,7 +94,11 @@ def open_generator_files(
         inputs, outputs = GENERATOR_NETWORKS[name]
         inputs = {**unet_inputs(unet_config), **inputs} if name.startswith("unet") else inputs
         networks[name] = OnnxNetwork(
-            path, inputs, outputs, open_session, keep_memory=name.startswith("unet")
+            path,
+            inputs,
+            outputs,
+            open_session,
+            memory="kept" if name.startswith("unet") else "in pieces",
         )
     return networks
 
@@ -225,10 +233,10 @@ class OnnxNetwork:
         outputs: Mapping[str, str],
         open_session: OpenSession,
         *,
-        keep_memory: bool,
+        memory: Memory,
     ) -> None:
         self.inputs, self.outputs = dict(inputs), dict(outputs)
-        self._path, self._open_session, self._keep_memory = path, open_session, keep_memory
+        self._path, self._open_session, self._memory = path, open_session, memory
         self._session: Session | None = None
         self._opening = Lock()
 
@@ -259,9 +267,7 @@ class OnnxNetwork:
         with self._opening:
             if self._session is None:
                 needed = next(iter(self.inputs))
-                self._session = self._open_session(
-                    self._path, needed, keep_memory=self._keep_memory
-                )
+                self._session = self._open_session(self._path, needed, memory=self._memory)
             return self._session
 
 
@@ -279,6 +285,8 @@ def explained(path: Path, inputs: Mapping[str, Any]) -> Iterator[None]:
 
 def unreadable(path: Path, error: Exception) -> UnsupportedModel:
     """Return what to raise for a file that a runtime does not open."""
+    if isinstance(error, MemoryError) or "bad_alloc" in str(error):
+        return UnsupportedModel(f"{path} cannot be run: there is not enough memory to open it")
     return UnsupportedModel(f"{path} cannot be run: {_in_one_line(error)}: export it anew")
 
 

@@ -105,7 +105,9 @@ def squeeze(bits: Bits, units: Sequence[Unit], excess: int) -> Bits:
 
 def _open(network: str, path: Path, weights: Mapping[str, Floats] | None = None) -> Network:
     needed = {"encoder": "pixel_values", "decoder": "input_ids"}[network]
-    session = OnnxSession(path, needed, keep_memory=network == "decoder", weights=weights)
+    session = OnnxSession(
+        path, needed, memory="kept" if network == "decoder" else "given back", weights=weights
+    )
     return OnnxEncoder(session) if network == "encoder" else OnnxDecoder(session)
 
 

@@ -32,12 +32,13 @@ from diptych.runtimes.network import OpenNetworks, open_networks
 from diptych.runtimes.quantize import Bits, bits_for, check_mode, quantize_network
 from diptych.runtimes.sensitivity import Unit, spare, squeeze, sweep
 from diptych.runtimes.static_quantize import calibrate, quantize_statically
-from diptych.weights.files import ModelFolder, describe
+from diptych.weights.files import ModelFolder, describe, verify
 
 __all__ = [
     "Judge",
     "Shrinking",
     "check_bound",
+    "check_size",
     "compare_artifacts",
     "quantize_captioner",
     "write_smaller",
@@ -52,7 +53,12 @@ _WANTED_IDENTICAL = 0.95  # of the captions of the user's pictures; int8 below i
 _SHOWN = 12  # units of a sweep that the report names
 # Bounds: the least share of identical captions on the user's pictures, and of tokens that agree
 # on seeded ones, where every word of a captioner is a near tie.
-_BOUNDS = {"fp16": (0.98, 0.8), "int8": (_WANTED_IDENTICAL, 0.25), "int4": (0.3, 0.1)}
+_BOUNDS = {
+    "fp32": (0.98, 0.8),
+    "fp16": (0.98, 0.8),
+    "int8": (_WANTED_IDENTICAL, 0.25),
+    "int4": (0.3, 0.1),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,13 +91,14 @@ def quantize_captioner(
 ) -> dict[str, Any]:
     """Write the artifact at `source`, which is left as it is, as a smaller one to `folder`.
 
-    The other words are those of `Shrinking`. Returns the content of `quantize.json`. Raises
+    The other words are those of `Shrinking`. Returns the content of its `export.json`. Raises
     `BadInput` for another mode, or a source that is not float32, and `QualityLoss` where too few
     words stay the same, unless `force`.
     """
     check_mode(mode)
     wanted = Shrinking(mode=mode, images=images, calibration=calibration, force=force, judge=judge)
     model = describe(Path(source))
+    verify(model)
     if not model.networks or model.precision != "fp32":
         found = f"is {model.precision}" if model.networks else "has no ONNX networks"
         raise BadInput(f"{model.name} {found}: give the folder of an fp32 artifact")
@@ -104,7 +111,7 @@ def quantize_captioner(
         check_bound(report[mode], wanted)
         if judge is not None:
             report[mode]["judged"] = judge(model, describe(staging))
-        write_json(staging / "quantize.json", report)
+        write_json(staging / "export.json", report)
     return report
 
 
@@ -163,9 +170,19 @@ def check_bound(report: Mapping[str, Any], wanted: Shrinking) -> None:
     if found < bound and not wanted.force:
         what = "captions are the same" if own else "words are the same on seeded pictures"
         raise QualityLoss(
-            f"only {found:.0%} of the {what} after {mode}, the bound is {bound:.0%}: choose a "
+            f"only {found:.0%} of the {what} in {mode}, the bound is {bound:.0%}: choose a "
             "wider precision, or force it"
         )
+
+
+def check_size(folder: Path, wanted: Shrinking) -> None:
+    """Raise `QualityLoss` for an artifact in `folder` that is larger than it may be."""
+    if wanted.most_bytes is None or wanted.force or _bytes(folder) <= wanted.most_bytes:
+        return
+    raise QualityLoss(
+        f"it has {_bytes(folder) / 1e6:.1f} MB as {wanted.mode}, and {wanted.most_bytes / 1e6:.1f} "
+        "are allowed: choose int4 without calibration, fewer words, or force it"
+    )
 
 
 def compare_artifacts(

@@ -29,6 +29,7 @@ __all__ = [
     "contents",
     "describe",
     "editions_in",
+    "is_inside",
     "networks_of",
     "object_in",
     "precision_of",
@@ -257,8 +258,13 @@ def stated_file(folder: Path, network: str, entry: Any) -> Path:
     path = _beside(place, name, "artifact.json")
     if not path.is_file():
         raise WeightsMismatch(f"{path.name} is missing: {FETCH_ANEW}.")
-    if not _is_inside(path, folder):
+    if not is_inside(path, folder):
         raise UnsupportedModel(f"{path.name} is a link to somewhere outside the folder")
+    if entry.get("bytes", found := path.stat().st_size) != found:
+        raise WeightsMismatch(
+            f"{path.name} has {found} bytes and not {str(entry['bytes'])[:20]}, as artifact.json "
+            f"states: {FETCH_ANEW}."
+        )
     return path
 
 
@@ -384,7 +390,8 @@ def _beside(folder: Path, name: Any, where: str) -> Path:
     return folder / name
 
 
-def _is_inside(path: Path, folder: Path) -> bool:
+def is_inside(path: Path, folder: Path) -> bool:
+    """Tell a file that really lies in `folder`, or where the Hub's cache keeps what is in it."""
     real, home = path.resolve(), folder.resolve()
     if real.parent in (home, home / path.parent.relative_to(folder)):
         return True
