@@ -58,23 +58,28 @@ bench: $(DEV)/.installed ## measure speed beside transformers and diffusers
 # What would ship comes to lie in the folder `shipped` of the config's `output`.
 OUTPUT := $(DEV)/bin/python -c 'import sys, tomllib; print(tomllib.load(open(sys.argv[1], "rb"))["output"])'
 
+# CONFIG=shipped: what led to the files that ship; without it, the variant for two processor cores.
+CAPTIONER_CONFIG := $(or $(subst shipped,recipes/default_captioner/gpu.toml,$(CONFIG)),recipes/default_captioner/config.toml)
 default-captioner: $(DEV)/.installed ## repeat the default captioner's recipe, into runs/ (hours)
-	@recipe=recipes/default_captioner; config=$(or $(CONFIG),$$recipe/config.toml); \
+	@recipe=recipes/default_captioner; config=$(CAPTIONER_CONFIG); \
 	for stage in pretrain tokenizer train refine; do \
 	  $(DEV)/bin/python $$recipe/$$stage.py $$config || exit 1; \
 	done; \
 	$(DEV)/bin/python $$recipe/ship.py $$config "$$($(OUTPUT) $$config)/shipped"
 
+SHIPPED := config gpu more polish finish decoder deeper
+GENERATOR_CONFIGS := $(if $(filter shipped,$(CONFIG)),$(SHIPPED:%=recipes/default_generator/%.toml),$(or $(CONFIG),recipes/default_generator/config.toml))
 default-generator: $(DEV)/.installed ## repeat the default generator's recipe, into runs/ (hours)
-	@export OMP_NUM_THREADS=1; \
-	recipe=recipes/default_generator; config=$(or $(CONFIG),$$recipe/config.toml); \
+	@export OMP_NUM_THREADS=1; recipe=recipes/default_generator; \
 	torchrun="$(DEV)/bin/$(if $(filter 1,$(PROCESSES)),python,torchrun --nproc-per-node $(PROCESSES))"; \
-	$$torchrun $$recipe/train_vae.py $$config && \
-	$(DEV)/bin/python $$recipe/tokenizer.py $$config && \
-	$(DEV)/bin/python $$recipe/words.py $$config && \
-	$$torchrun $$recipe/train.py $$config && \
-	$(DEV)/bin/python $$recipe/ship.py $$config "$$($(OUTPUT) $$config)/shipped" && \
-	$$torchrun $$recipe/few_steps.py $$config "$$($(OUTPUT) $$config)/shipped"
+	for config in $(GENERATOR_CONFIGS); do \
+	  $$torchrun $$recipe/train_vae.py $$config && \
+	  $(DEV)/bin/python $$recipe/tokenizer.py $$config && \
+	  $(DEV)/bin/python $$recipe/words.py $$config && \
+	  $$torchrun $$recipe/train.py $$config && \
+	  $(DEV)/bin/python $$recipe/ship.py $$config "$$($(OUTPUT) $$config)/shipped" && \
+	  $$torchrun $$recipe/few_steps.py $$config "$$($(OUTPUT) $$config)/shipped" || exit 1; \
+	done
 
 docs: $(DOCS)/.installed ## make the pictures of the guides, build the documentation into site/
 	@$(DOCS)/bin/python docs/generate_pictures.py

@@ -97,7 +97,7 @@ def generator(stages: dict[str, Rows], later: dict[str, Rows]) -> list[Any]:
                 line(deeper, "step", "loss", "18.6 M"),
             ],
         ),
-        ("four steps", "step", [line(later["few"], "step", "loss", "error of v")]),
+        ("four steps", "step", [line(later["deeper_few"], "step", "loss", "error of v")]),
     ]
 
 

@@ -34,3 +34,24 @@ def test_every_config_is_whole(path):
     assert whole.keys() == config.keys()
     for mix in (config["train_vae"]["mix"], config["train"]["mix"], config["few_steps"]["mix"]):
         assert sum(mix.values()) == pytest.approx(1)
+
+
+def test_what_ships_can_be_repeated_config_by_config():
+    """Each begins from what one before it leaves in `runs`, which its UNet can grow from."""
+    makefile = (RECIPE.parents[1] / "Makefile").read_text()
+    (chain,) = [line for line in makefile.splitlines() if line.startswith("SHIPPED := ")]
+    made = {}
+    for name in chain.removeprefix("SHIPPED := ").split():
+        config = configs.read(RECIPE / f"{name}.toml")
+        stages = {stage: config[stage].get("start") for stage in ("train_vae", "tokenizer", "train")}
+        stages["former"] = config["train_vae"].get("former")
+        for stage, start in stages.items():
+            assert start is None or start.removesuffix("/shipped") in made, (name, stage)
+        few = config["few_steps"]
+        assert not few.get("start") or few["start"].removesuffix("/turbo.safetensors") in made
+        if stages["train"]:
+            before, unet = made[stages["train"].removesuffix("/shipped")]["unet"], config["unet"]
+            assert before["block_out_channels"] == unet["block_out_channels"]
+            assert before["layers_per_block"] <= unet["layers_per_block"]
+        made[config["output"]] = config
+    assert name == "deeper"
