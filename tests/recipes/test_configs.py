@@ -43,7 +43,9 @@ def test_what_ships_can_be_repeated_config_by_config():
     made = {}
     for name in chain.removeprefix("SHIPPED := ").split():
         config = configs.read(RECIPE / f"{name}.toml")
-        stages = {stage: config[stage].get("start") for stage in ("train_vae", "tokenizer", "train")}
+        stages = {
+            stage: config[stage].get("start") for stage in ("train_vae", "tokenizer", "train")
+        }
         stages["former"] = config["train_vae"].get("former")
         for stage, start in stages.items():
             assert start is None or start.removesuffix("/shipped") in made, (name, stage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,14 @@ def test_a_cached_encoder_changes_little(tmp_path: Path, vit_gpt2: Path, picture
         torch.testing.assert_close(first, plain.losses(0, slice(None)), rtol=2e-3, atol=2e-3)
     assert torch.equal(first, again)
     assert list((tmp_path / "cache" / "encoder").rglob("*.safetensors"))
+
+
+def test_a_cached_encoder_goes_with_bfloat16(
+    tmp_path: Path, vit_gpt2: Path, pictures: Path
+) -> None:
+    words = {**SMALL, "freeze": "encoder", "mixed_precision": "bf16"}
+    finished = finetune_captioner(pictures, tmp_path / "run", vit_gpt2, **words)
+    assert finished.end is not None and math.isfinite(finished.end)
 
 
 def test_lora_on_the_decoder_is_added_to_its_weights(

@@ -424,3 +424,46 @@ def test_captions_cut_within_a_letter(tmp_path: Path, monkeypatch: pytest.Monkey
     found = prepare(tmp_path / "data", caption_all=write_captions(path, "default"))
     assert sorted(captions(found).values()) == [("written",), ("é",)]
     assert json.loads(path.read_bytes().splitlines()[-1])["text"] == "written"
+
+
+def test_folders_of_splits_count_beside_text_files(tmp_path: Path) -> None:
+    files: dict[str, Any] = {}
+    for number, split in enumerate(("train", "train", "validation", "test")):
+        files[f"{split}/{number}.png"] = png(number)
+        files[f"{split}/{number}.txt"] = f"number {number}"
+    write(tmp_path, files)
+    found, _ = read_examples(tmp_path)
+    assert [each.split for each in found] == ["test", "train", "train", "validation"]
+
+
+def test_pictures_that_no_table_names_are_told(tmp_path: Path) -> None:
+    row = json.dumps({"file_name": "a.png", "text": "one"})
+    write(tmp_path, {"metadata.jsonl": row, "a.png": png(1), "sub/b.png": png(2), "c.png": png(3)})
+    found, (problem,) = read_examples(tmp_path)
+    assert [each.name for each in found] == ["a.png"]
+    assert problem.name == "c.png" and "is named by no table, nor 1 more" in problem.reason
+
+
+def test_a_column_of_captions_that_is_not_there_is_told(tmp_path: Path) -> None:
+    write(tmp_path, {"metadata.csv": "file_name,text\na.png,one\n", "a.png": png(1)})
+    with pytest.raises(BadInput, match="has the columns file_name, text, none is 'txet'"):
+        read_examples(tmp_path, caption_column="txet")
+
+
+def test_names_written_on_windows(tmp_path: Path) -> None:
+    row = json.dumps({"file_name": "sub\\a.png", "text": "one"})
+    write(tmp_path, {"metadata.jsonl": row, "sub/a.png": png(1)})
+    found = prepare(tmp_path)
+    assert list(captions(found).values()) == [("one",)] and not found.report.problems
+
+
+def test_shards_in_folders_of_splits(tmp_path: Path) -> None:
+    for number, split in enumerate(("train", "val")):
+        (tmp_path / split).mkdir()
+        members = {f"{number}.png": png(number), f"{number}.txt": b"words"}
+        tar(tmp_path / split / "0000.tar", members)
+    found, _ = read_examples(tmp_path)
+    assert [(each.name, each.split) for each in found] == [
+        ("0000.tar:0", "train"),
+        ("0000.tar:1", "validation"),
+    ]

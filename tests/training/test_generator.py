@@ -512,6 +512,9 @@ def test_networks_for_inpainting_are_refused(tmp_path: Path, pictures: Path) -> 
         ({"optimizer": "adamw_8bit"}, "bitsandbytes"),
         ({"save_single_file": True}, "save_single_file is for all weights"),
         ({"method": "full", "save_kohya": True}, "save_kohya is for a LoRA"),
+        ({"method": "full", "rank": 4}, "rank is of a LoRA, and method is 'full'"),
+        ({"placeholder_token": "<a>"}, "placeholder_token is for method='textual-inversion'"),
+        ({"class_prompt": "a dog"}, "class_prompt is for method='dreambooth'"),
     ],
 )
 def test_options_that_cannot_be_used(

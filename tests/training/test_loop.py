@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from diptych.errors import BadImage, BadInput
 from diptych.training.checkpoints import Checkpoint, Checkpoints
-from diptych.training.journal import read_rows
+from diptych.training.guards import Guard
+from diptych.training.journal import Journal, read_rows
 from diptych.training.loop import fit
 from diptych.training.optimizers import Group
 from diptych.training.options import GeneratorTrainOptions
@@ -196,10 +197,42 @@ def test_a_step_that_is_not_finite_is_left_out(
 def test_too_many_of_them_end_the_run(tmp_path: Path) -> None:
     toy = Toy(tmp_path, dict.fromkeys(range(9, 100), math.nan))
     with pytest.raises(
-        BadInput, match=r"learning_rate 0.05 is too high.*give 0.005.*step 14 is whole"
+        # Not 14: while no step gives numbers, none pushes out what was saved before.
+        BadInput,
+        match=r"learning_rate 0.05 is too high.*give 0.005.*step 7 is whole",
     ):
         fit(toy, options(max_train_steps=50, checkpointing_steps=7))
     assert bool(torch.isfinite(toy.linear.weight).all())
+
+
+def test_metrics_are_json_for_every_reader(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, 0, tensorboard=False, leads=True)
+    journal.write({"step": 1, "loss": math.nan, "validation": {"loss": math.inf, "t": [1.0]}})
+    journal.close()
+
+    def refuse(text: str) -> None:
+        raise AssertionError(text)
+
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    found = json.loads(line, parse_constant=refuse)
+    assert found == {"step": 1, "loss": None, "validation": {"loss": None, "t": [1.0]}}
+
+
+def test_a_rate_that_ruins_the_first_steps_is_told(tmp_path: Path) -> None:
+    class Ruined(Toy):
+        def rate(self, step: int) -> float:
+            return 4000.0
+
+    with pytest.raises(BadInput, match=r"the loss rose from .* too high"):
+        fit(Ruined(tmp_path), options(max_train_steps=15))
+
+
+def test_nothing_is_learned_by_heart_in_three_steps() -> None:
+    guard, falling = Guard(), [Validation(loss, {}, -loss) for loss in (1.13, 1.14, 1.27, 6.48)]
+    for step in range(3):
+        guard.watch(step, 1.0, str)
+        told = guard.sees_overfitting(falling[step], falling[step + 1], falling[0])
+        assert not told
 
 
 def test_a_loss_that_runs_away_ends_the_run(tmp_path: Path) -> None:

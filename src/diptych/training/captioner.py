@@ -243,8 +243,9 @@ class CaptionerTask:
         """Return what the decoder takes of the pictures."""
         if self._cache is None:
             return self.module.encode(self._pixels(draws))
-        states = [self._encoded(draw) for draw in draws]
-        return self.module.connect(torch.stack(states).to(self.device, torch.float32))
+        # Wide before they meet: autocast to bfloat16 refuses halves on a processor.
+        states = [self._encoded(draw).float() for draw in draws]
+        return self.module.connect(torch.stack(states).to(self.device))
 
     def _encoded(self, draw: _Draw) -> Tensor:
         assert self._cache is not None

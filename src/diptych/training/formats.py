@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -117,6 +118,15 @@ class _Reading:
                 return tuple(_clean(text).strip() for text in several if isinstance(text, str))
         return None
 
+    def check_columns(self, path: Path, row: Mapping[str, Any], texts: object) -> None:
+        """Raise `BadInput` for a column of captions that a table was said to have and has not."""
+        if self.caption_column and texts is None and path.suffix.lower() != ".jsonl":
+            known = ", ".join(map(str, row))[:200]
+            raise BadInput(
+                f"{path}: has the columns {known}, none is {self.caption_column!r}: give another "
+                "caption_column"
+            )
+
     def file(self, row: Mapping[str, Any]) -> str | None:
         columns = (self.image_column,) if self.image_column else _FILE_COLUMNS
         for column in columns:
@@ -165,11 +175,19 @@ def _from_file(path: Path, reading: _Reading) -> Iterator[Example]:
 def _from_folder(folder: Path, reading: _Reading) -> Iterator[Example]:
     for tables in (_tables_in([folder]), _tables_in(_folders(folder))):
         if tables:
-            for table in tables:
-                yield from _table(table, reading)
+            found = [each for table in tables for each in _table(table, reading)]
+            yield from found
+            _tell_unnamed(folder, found, reading)
             return
+    # As the Hub lays out data sets: in `data`, or in a folder for each split.
+    below = [each for each in _folders(folder) if each.name.lower() in {"data", *_SPLITS}]
     for ending, read in ((".tar", _shard), (".parquet", _table)):
-        if files := sorted(folder.glob(f"*{ending}")):
+        if files := [
+            file
+            for each in (folder, *below)
+            for file in sorted(each.glob(f"*{ending}"))
+            if not file.name.startswith(".")
+        ]:
             for file in files:
                 yield from read(file, reading)
             return
@@ -182,6 +200,17 @@ def _from_folder(folder: Path, reading: _Reading) -> Iterator[Example]:
         yield from _kohya(folder, counted, reading)
     else:
         yield from _beside(folder, folder, reading)
+
+
+def _tell_unnamed(folder: Path, found: Iterable[Example], reading: _Reading) -> None:
+    """Tell of pictures that lie in `folder` and that no table names: they are left out."""
+    sources = (each.source for each in found)
+    named = {os.path.normpath(each.path) for each in sources if isinstance(each, Stretch)}
+    left = [each for each in _pictures_below(folder) if os.path.normpath(each) not in named]
+    if left:
+        first = _clean(str(left[0].relative_to(folder)))
+        others = f", nor {len(left) - 1} more" if len(left) > 1 else ""
+        reading.problems.append(Problem(first, f"is named by no table{others}: left out"))
 
 
 def _kohya(
@@ -229,6 +258,7 @@ def _table(path: Path, reading: _Reading) -> Iterator[Example]:
     for number, row in rows:
         name = reading.file(row)
         texts = reading.texts(row)
+        reading.check_columns(path, row, texts)
         if name is None:
             wanted = reading.image_column or ", ".join(_FILE_COLUMNS[:3])
             reading.problems.append(
@@ -243,7 +273,10 @@ def _table(path: Path, reading: _Reading) -> Iterator[Example]:
         captions += [text for text in texts or () if text not in captions]
     for name, (captions, split, _) in found.items():
         kept = tuple(text for text in captions if text)
-        yield Example(_clean(name), Stretch(path.parent / name), kept, split=split)
+        place = path.parent / name
+        if "\\" in name and not place.exists():  # written on Windows
+            place = path.parent / name.replace("\\", "/")
+        yield Example(_clean(name), Stretch(place), kept, split=split)
 
 
 def _is_inside(name: str) -> bool:
@@ -261,7 +294,7 @@ def _split(row: Mapping[str, Any], path: Path) -> str:
 def _split_of_file(path: Path, reading: _Reading) -> str:
     """Return what the name of a shard tells, as in train-00000-of-00002.parquet."""
     told = _SPLIT_FILE.match(path.stem.lower()) if reading.splits_by_name else None
-    return _SPLITS[told[1]] if told else ""
+    return _SPLITS[told[1]] if told else _SPLITS.get(path.parent.name.lower(), "")
 
 
 def _clean(text: str) -> str:
@@ -325,7 +358,9 @@ def _beside(
         except BadInput as error:
             reading.problems.append(Problem(name, str(error)))
             continue
-        yield Example(name, Stretch(picture), captions or otherwise, repeats)
+        first, *rest = picture.relative_to(root).parts
+        split = _SPLITS.get(first.lower(), "") if rest else ""
+        yield Example(name, Stretch(picture), captions or otherwise, repeats, split)
 
 
 def _pictures_below(folder: Path) -> list[Path]:
@@ -436,6 +471,7 @@ def _parquet(path: Path, reading: _Reading) -> Iterator[Example]:
     is_text = str(table.schema_arrow.field(column).type) in ("string", "large_string")
     wanted = [name for name in names if name != column or is_text]
     for number, row in enumerate(table.read(columns=wanted).to_pylist()):
+        reading.check_columns(path, row, reading.texts(row))
         captions = tuple(text for text in reading.texts(row) or () if text)
         split = _split(row, path) or _split_of_file(path, reading)
         if is_text:

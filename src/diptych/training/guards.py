@@ -18,6 +18,7 @@ logger = logging.getLogger("diptych")
 _MOST_NOT_FINITE = 10  # steps in a row
 _MOST_SCALINGS = 40  # the same while a scaler of fp16 looks for its scale
 _RECENT = 20  # batches whose mean loss tells whether the run diverges
+_FEW = 5  # the same before there are as many, for a loss that is far from the first
 _RISES = 3  # steps of validation in a row that look like over-fitting
 
 
@@ -30,6 +31,7 @@ class Guard:
 
     not_finite: int = 0
     first_loss: float | None = None
+    start: float | None = None  # the loss of the first batch
     recent: list[float] = field(default_factory=list)
     rises: int = 0
 
@@ -59,12 +61,20 @@ class Guard:
     def watch(self, step: int, loss: float, advice: Advice) -> None:
         """Note the loss of a step; raises `BadInput` where it runs away."""
         self.not_finite = 0
+        self.start = loss if self.start is None else self.start
         self.recent = [*self.recent, loss][-_RECENT:]
+        few = self.recent[-_FEW:]
+        lately = sum(few) / len(few)
+        # One batch says little of the loss, but not that little.
+        if len(few) == _FEW and lately > 30 * self.start + 30:
+            raise BadInput(
+                f"the loss rose from {self.start:.4g} to {lately:.4g} by step {step}: {advice()}"
+            )
         if len(self.recent) < _RECENT:
             return
         mean = sum(self.recent) / _RECENT
         if self.first_loss is None:
-            self.first_loss = mean
+            self.first_loss = min(mean, 3 * self.start + 1)
         if mean > 3 * self.first_loss and mean > self.first_loss + 1:
             raise BadInput(
                 f"the loss rose from {self.first_loss:.4g} to {mean:.4g} by step {step}: {advice()}"
@@ -73,6 +83,7 @@ class Guard:
     def sees_overfitting(self, before: Validation, found: Validation, best: Validation) -> bool:
         """Tell whether validation has risen for a while and training has not."""
         self.rises = self.rises + 1 if found.merit < before.merit else 0
-        falls = self.first_loss is None or sum(self.recent) / _RECENT < self.first_loss
+        known = self.first_loss is not None and len(self.recent) == _RECENT
+        falls = known and sum(self.recent) / _RECENT < (self.first_loss or 0.0)
         is_worse = best.merit - found.merit > 0.02 * abs(best.merit)
         return falls and self.rises >= _RISES and is_worse

@@ -153,6 +153,11 @@ class _Run:
         options = self.options
         if self.step == 0:
             self.start = self._validate()
+            if options.keep_best and self.start is None:
+                logger.warning(
+                    "keep_best: no picture is held out, so the last weights will be kept: give "
+                    "validation_fraction, or more pictures"
+                )
             self._sample()
         while self.step < self.total:
             self._update()
@@ -163,7 +168,9 @@ class _Run:
             if self._is_due(self._sample_steps()):
                 self._sample()
             stops = self._anyone(asked.to_stop) and self.step < self.total
-            if stops or self._is_due(options.checkpointing_steps):
+            # Weights that give no numbers must not push out those of before.
+            is_due = self._is_due(options.checkpointing_steps) and not self.guard.not_finite
+            if stops or is_due or self.step == self.total:
                 self._save()
             if stops:
                 raise Stopped(self.step, self.folder)
@@ -397,7 +404,7 @@ class _Run:
             self.average.steps = said["average_steps"]
         self.best_tensors = groups.get("best", {})
         self.start, self.last = _validation(said["start"]), _validation(said["last"])
-        if said["best"]:
+        if said["best"] and (self.best_tensors or not self.options.keep_best):
             best = _validation(said["best"][1])
             assert best is not None
             self.best = said["best"][0], best

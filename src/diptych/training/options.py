@@ -167,6 +167,15 @@ class TrainOptions:
         }
 
 
+# A word of one method, given with another, is one that was forgotten.
+_OF_ONE_METHOD = {
+    "placeholder_token": "textual-inversion",
+    "initializer_token": "textual-inversion",
+    "instance_prompt": "dreambooth",
+    "class_prompt": "dreambooth",
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GeneratorTrainOptions(TrainOptions):
     """Say how to train a generator of pictures."""
@@ -290,6 +299,14 @@ class GeneratorTrainOptions(TrainOptions):
                 "train_text_encoder does not go with textual-inversion, where one word learns and "
                 "nothing else: leave it out"
             )
+        for word, method in _OF_ONE_METHOD.items():
+            if getattr(self, word) is not None and self.method != method:
+                raise BadInput(
+                    f"{word} is for method={method!r}, and method is {self.method!r}: give one of "
+                    "the two"
+                )
+        if self.rank is not None and not self.is_lora:
+            raise BadInput(f"rank is of a LoRA, and method is {self.method!r}: leave it out")
         if self.save_kohya and not self.is_lora:
             raise BadInput("save_kohya is for a LoRA: leave it out, or give method='lora'")
         if self.cache_latents and not self.center_crop:
