@@ -5,7 +5,7 @@ Prints one JSON line. Without `--captions` the sentences are drawn from a made-u
 the word frequencies of speech, so that the script runs on a fresh clone.
 
     python benchmarks/caption_metrics.py --images 1000 --references 5 --repeats 7
-    python benchmarks/caption_metrics.py --captions ../shared/data/flickr8k_224.tar
+    python benchmarks/caption_metrics.py --captions captions.tar
 """
 
 from __future__ import annotations

@@ -28,7 +28,6 @@ SEED = 20
 THREADS = 2
 NOT_OURS = (
     "torch._dynamo",
-    "torch.onnx._internal.exporter._core",
     "transformers.models.vision_encoder_decoder.modeling_vision_encoder_decoder",
     "transformers.models.clip.modeling_clip",
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint",

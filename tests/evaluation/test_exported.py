@@ -11,6 +11,7 @@ from diptych.errors import QualityLoss
 from diptych.evaluation import exported
 from diptych.evaluation.caption_metrics import score_captions
 from diptych.evaluation.captions import Described
+from diptych.weights.diffusion import resolve_generator
 from diptych.weights.hub import resolve
 
 WRITTEN = [("a dog runs on the grass",), ("two people sit on a bench",)]
@@ -36,3 +37,16 @@ def test_loss_is_told_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     same = exported.caption_judge(described)(before, before)
     assert same["relative_loss"] == 0
     assert same["identical"] == 2
+
+
+def test_a_generator_is_judged_by_what_it_draws() -> None:
+    model = resolve_generator("default")
+    found = exported.picture_judge(2)(model, model)
+    assert (found["pictures"], found["worst_psnr_db"], found["ssim"]) == (2, 200.0, 1.0)
+    assert found["adherence"] == found["adherence_before"]
+    assert 0 <= found["adherence"]["object + colour"] <= 1
+    turbo = resolve_generator("default-turbo")
+    other = exported.picture_judge(2)(model, turbo)
+    assert other["psnr_db"] < 30 and other["ssim"] < 0.99
+    # Others draw no scenes: it would say little, and take long.
+    assert exported.picture_judge()(dataclasses.replace(model, family="sd1"), model) == {}

@@ -49,6 +49,14 @@ def export(
         ),
     ] = None,
     split: Annotated[str, typer.Option(help="Only rows of this split of --references.")] = "",
+    scenes: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            min=0,
+            help="Prompts of `evaluate images` that a generator draws before and after: PSNR, SSIM "
+            "and adherence; 20 for the default generator, else none.",
+        ),
+    ] = None,
     words: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Text whose words the edge profile keeps, in place of its own."),
@@ -63,6 +71,7 @@ def export(
     ] = False,
 ) -> None:
     """Write a model as ONNX files that run without torch, and compare what both make."""
+    from diptych.evaluation.exported import picture_judge
     from diptych.inputs import find_pictures
     from diptych.runtimes.conversion import export as export_any
     from diptych.runtimes.conversion import tasks_of
@@ -90,6 +99,7 @@ def export(
         force=force,
         measure=measure,
         judge=judge,
+        picture_judge=picture_judge(scenes),
     )
     print(json.dumps(found, indent=2))
     (kind,) = tasks_of(folder)

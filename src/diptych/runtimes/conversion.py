@@ -23,6 +23,7 @@ from diptych.weights.files import ModelFolder, describe
 from diptych.weights.hub import resolve
 
 if TYPE_CHECKING:
+    from diptych.runtimes.export_generator import PictureJudge
     from diptych.runtimes.smaller_captioner import Judge
 
 __all__ = ["PROFILES", "ExportRequest", "export", "export_model", "tasks_of"]
@@ -47,6 +48,7 @@ def export(
     force: bool = False,
     measure: bool = True,
     judge: Judge | None = None,
+    picture_judge: PictureJudge | None = None,
 ) -> dict[str, Any]:
     """Write a model as ONNX graphs that run without torch, held against it; needs the export extra.
 
@@ -57,9 +59,10 @@ def export(
     `images` are pictures to compare captions on; with `calibration` int8 fixes the ranges of what
     goes into products: pictures for a captioner's encoder, prompts for a generator's UNet, which
     multiplies in float32 without. With `measure` the model and its export run in a process each,
-    for size, memory and speed before and after. Returns the content of `export.json`. Raises
-    `BadInput` for a folder that holds something, and `QualityLoss` where a smaller model falls
-    under its bound, unless `force`.
+    for size, memory and speed before and after; `judge` and `picture_judge` compare captioners and
+    generators by what they are for (`diptych.evaluation.exported`). Returns the content of
+    `export.json`. Raises `BadInput` for a folder that holds something, and `QualityLoss` where a
+    smaller model falls under its bound, unless `force`.
     """
     found: ModelFolder | GeneratorFolder
     _check_task(task)
@@ -85,6 +88,7 @@ def export(
         force=force,
         measure=measure,
         judge=judge,
+        picture_judge=picture_judge,
     )
     return export_model(found, folder, request)
 
@@ -101,6 +105,7 @@ class ExportRequest:
     force: bool = False
     measure: bool = True
     judge: Judge | None = None
+    picture_judge: PictureJudge | None = None
 
 
 def export_model(
@@ -247,6 +252,7 @@ def _export_generator(
         precision=request.quantize or PRECISIONS[0],
         calibration=calibration,
         force=request.force,
+        judge=request.picture_judge,
     )
 
 

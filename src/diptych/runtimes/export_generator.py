@@ -54,12 +54,15 @@ from diptych.runtimes.static_quantize import Ranges
 from diptych.runtimes.storage import check_precision, shrink
 from diptych.runtimes.updates import updated
 from diptych.runtimes.vae_graphs import vae_decoder_graph, vae_encoder_graph
-from diptych.weights.diffusion import GeneratorFolder, copy_tokenizer
+from diptych.weights.diffusion import GeneratorFolder, copy_tokenizer, describe_generator
 from diptych.weights.save_generator import save_generator
 
-__all__ = ["add_edition", "export_generator", "write_networks"]
+__all__ = ["PictureJudge", "add_edition", "export_generator", "write_networks"]
 
 logger = logging.getLogger("diptych")
+
+PictureJudge = Callable[[GeneratorFolder, GeneratorFolder], dict[str, Any]]
+"""Compares a model with its export, before that has its name; {} where it has nothing to say."""
 
 Configs = Mapping[str, Mapping[str, Any]]
 
@@ -80,16 +83,17 @@ def export_generator(
     calibration: Words | None = None,
     force: bool = False,
     checkpoint: bool = False,
+    judge: PictureJudge | None = None,
 ) -> dict[str, Any]:
     """Write `modules` as an artifact to `folder`; return the content of its `export.json`.
 
     `model` says how words and noise are treated. `precision` is how weights are stored: "fp32",
     "fp16", "int8" or "int4"; all compute in float32. With the words of prompts as `calibration`
     the UNet of an int8 export multiplies in 8 bits, by the ranges seen while those are drawn.
-    Pictures of both are compared as `sketch` says, or over seeded ones. With `checkpoint` the
-    folder holds the modules as a checkpoint of halves too, whose weights an fp16 export shares.
-    Raises `BadInput` for what cannot be exported or written, and `QualityLoss` where a picture is
-    too far from torch's, unless `force`.
+    Pictures of both are compared as `sketch` says, or over seeded ones, and by `judge`. With
+    `checkpoint` the folder holds the modules as a checkpoint of halves too, whose weights an fp16
+    export shares. Raises `BadInput` for what cannot be exported or written, and `QualityLoss`
+    where a picture is too far from torch's, unless `force`.
     """
     check_precision(precision)
     with _for_export(modules) as plain:
@@ -126,6 +130,9 @@ def export_generator(
                 report[precision]["rounding"] = describe_rounding(ranges)
             write_json(staging / "export.json", report)
             _check_bound(precision, report[precision]["pictures"], force)
+            if judge is not None and (found := judge(model, describe_generator(staging))):
+                report[precision]["judged"] = found
+                write_json(staging / "export.json", report)
     _warn(folder, precision, report[precision]["pictures"])
     return report
 

@@ -157,7 +157,7 @@ class Pace:
     """Say how many steps a stage has: a set number, or what the clock allows.
 
     With `seconds` the number is what the steps so far foretell, so that a learning rate that ends
-    with the stage ends with the lent time. Such a run cannot be repeated to the digit.
+    with the stage ends with the time it was given. Such a run cannot be repeated to the digit.
     """
 
     def __init__(self, steps: int, seconds: float | None = None, spent: float = 0.0) -> None:
