@@ -194,6 +194,21 @@ def test_output_that_cannot_be_written_is_one_sentence(
     assert done.stderr == "diptych: standard output cannot be written: No space left on device\n"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
+def test_a_terminated_export_leaves_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "diptych", "export", "default", tmp_path / "made"]
+    process = subprocess.Popen(
+        [*command, "--task", "image-to-text"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    end = time.monotonic() + 120
+    while not list(tmp_path.glob(".made.*.partial")) and process.poll() is None:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_interruption_keeps_what_was_printed(model: Path, photos: Path, tmp_path: Path) -> None:
     for index in range(3000):
         (tmp_path / f"{index:04}.png").write_bytes((photos / "a.png").read_bytes())

@@ -264,6 +264,10 @@ def test_a_mask_says_where(generator: ImageGenerator) -> None:
     assert found.shape == kept.shape
     assert np.array_equal(found[mask == 0], kept[mask == 0])
     assert np.abs(found[mask > 0].astype(int) - kept[mask > 0]).mean() > 5
+    words = {"mask_image": np.zeros_like(mask), "num_inversion_steps": 2}
+    still = generator.style_transfer(photo, PHOTOS / "rocket.jpg", **words)
+    assert np.array_equal(np.asarray(still.image), kept)
+    assert "the mask is empty: the picture comes back as it was" in still.notes
 
 
 def test_steps_lead_there_and_back(generator: ImageGenerator) -> None:

@@ -1,14 +1,16 @@
 """Open the door for the command line: `diptych <verb>`; flags are built from the options.
 
 stdout carries the result, stderr progress and complaints. Exit codes: 0 ok, 1 failed, 2 usage,
-3 some inputs failed, 130 interrupted.
+3 some inputs failed, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
 import io
 import logging
+import signal
 import sys
+import threading
 from typing import Annotated
 
 import typer
@@ -18,6 +20,8 @@ from diptych.cli.verbs import Verbs, without_frills
 from diptych.errors import BadImage, BadInput, DiptychError
 
 __all__ = ["app", "main"]
+
+_TERMINATED = 128 + signal.SIGTERM
 
 app = without_frills(
     cls=Verbs,
@@ -36,6 +40,10 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             # A file name or caption that the terminal cannot show is shown escaped, not fatal.
             stream.reconfigure(errors="backslashreplace")
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main:
+        # As an interruption: what is half written is taken away, then the process ends.
+        former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
     try:
         code = app(standalone_mode=False) or 0
         if code == INTERRUPTED:
@@ -64,6 +72,8 @@ def main() -> None:
         error.show()  # type: ignore[attr-defined]
         sys.exit(USAGE)
     finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, former)
         logging.getLogger("diptych").removeHandler(notes)
 
 

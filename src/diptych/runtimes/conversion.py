@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from diptych.errors import BadInput, UnsupportedModel
 from diptych.images import ImageInput, Preprocessing, preprocess
@@ -178,7 +179,8 @@ def _pixels(
     preprocessing: Preprocessing, request: ExportRequest
 ) -> tuple[list[Any] | None, list[Any] | None]:
     """Read the pictures to compare on, and those to calibrate on."""
-    calibration, quantize = request.calibration, request.quantize
+    images, calibration = _listed(request.images), _listed(request.calibration)
+    quantize = request.quantize
     if calibration is not None and (quantize != "int8" or not calibration):
         raise BadInput(
             f"calibration is for int8, and needs pictures: there are {len(calibration)}, and "
@@ -186,9 +188,14 @@ def _pixels(
         )
     first, second = (
         None if several is None else [preprocess(image, preprocessing) for image in several]
-        for several in (request.images, calibration)
+        for several in (images, calibration)
     )
     return first, second
+
+
+def _listed(images: Any) -> Any:
+    """Return pictures as a list; somebody may have given one alone."""
+    return [images] if isinstance(images, str | Path | Image.Image) else images
 
 
 def _check_target(folder: Path, force: bool) -> None:

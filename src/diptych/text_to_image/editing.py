@@ -148,12 +148,11 @@ def _inpaint_subject(
     if not region.any():
         size = native.size_for(original.size, asked.width, asked.height)
         options, _ = _resolved(asked, size, native)
-        note = "the mask is empty: the picture comes back as it was"
         # No step is taken: there is nothing to draw.
         still = options.replace(strength=0.0)
         pixels = to_pixel_values(fit(_opaque(original), size))
         source = Source(pixels, finish=lambda drawn: original)
-        return Subject(prompt, still, (*notes, note), source)
+        return Subject(prompt, still, (*notes, _EMPTY_MASK), source)
     frame = _Frame.around(region, asked, native, asked.padding_mask_crop)
     options, more = _resolved(asked, frame.size, native)
     pixels = to_pixel_values(frame.take(_opaque(original)))
@@ -172,6 +171,9 @@ def _inpaint_subject(
 
     source = Source(pixels, drawn_mask, asked.soft_mask, finish)
     return Subject(prompt, options, (*notes, *more), source)
+
+
+_EMPTY_MASK = "the mask is empty: the picture comes back as it was"
 
 
 def style_subjects(
@@ -215,6 +217,8 @@ def _style_subject(
             mask_image, original.size, asked.mask_from, invert=asked.invert_mask
         )
         mask = (mask >= 0.5).astype(np.float32)
+        if not mask.any():
+            notes = (*notes, _EMPTY_MASK)
         frame = _Frame.around(mask > 0, asked, native)
     options, more = _resolved(asked, frame.size, native)
     plain = _opaque(original)
