@@ -38,8 +38,15 @@ class Captioned:
     captions: list[list[str]]
 
 
+def check_there(folder: Path) -> None:
+    """End the stage with one sentence where the data are not."""
+    if not folder.is_dir():
+        raise SystemExit(f"{folder}: no such folder: see 'The data' in the recipe's README")
+
+
 def tiny_imagenet(folder: Path, split: str) -> Labelled:
     """Read one split of Tiny-ImageNet-200."""
+    check_there(folder)
     index = np.load(folder / f"{split}_index.npz")
     offset, data = index["offset"], (folder / f"{split}.bin").read_bytes()
     pictures = [
@@ -50,6 +57,7 @@ def tiny_imagenet(folder: Path, split: str) -> Labelled:
 
 def captioned_rows(folder: Path, splits: set[str]) -> list[dict[str, Any]]:
     """Return the rows of some splits, without training photos that show a held-out one."""
+    check_there(folder)
     with (folder / "captions.jsonl").open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     without = left_out(folder.name)

@@ -75,6 +75,8 @@ def _rows(data: Path, domain: str, split: str) -> list[tuple[Path, list[str]]]:
 def _told(data: Path, domain: str, split: str) -> list[tuple[Path, list[str]]]:
     found = []
     for folder in (data / name for name in FOLDERS[domain]):
+        if not folder.is_dir():
+            raise SystemExit(f"{folder}: no such folder: see 'The data' in the recipe's README")
         without = left_out(folder.name)
         with (folder / "captions.jsonl").open(encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
