@@ -227,6 +227,12 @@ def test_a_rate_that_ruins_the_first_steps_is_told(tmp_path: Path) -> None:
         fit(Ruined(tmp_path), options(max_train_steps=15))
 
 
+def test_losses_below_nothing_end_no_run() -> None:
+    guard = Guard()
+    for step in range(40):  # as of rewarded captions
+        guard.watch(step, -0.2 + 0.3 * (step % 2), str)
+
+
 def test_nothing_is_learned_by_heart_in_three_steps() -> None:
     guard, falling = Guard(), [Validation(loss, {}, -loss) for loss in (1.13, 1.14, 1.27, 6.48)]
     for step in range(3):

@@ -61,7 +61,8 @@ class Guard:
     def watch(self, step: int, loss: float, advice: Advice) -> None:
         """Note the loss of a step; raises `BadInput` where it runs away."""
         self.not_finite = 0
-        self.start = loss if self.start is None else self.start
+        # A reward gives a loss below nothing, of which no multiple is a bound.
+        self.start = max(loss, 0.0) if self.start is None else self.start
         self.recent = [*self.recent, loss][-_RECENT:]
         few = self.recent[-_FEW:]
         lately = sum(few) / len(few)
