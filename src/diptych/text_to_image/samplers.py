@@ -184,17 +184,23 @@ def pndm(
     *,
     averages_velocity: bool = False,
     first: Sequence[float] | None = None,
+    targets: Sequence[float] | None = None,
+    starts: Sequence[float] | None = None,
 ) -> Iterator[Step]:
     """PLMS (Liu et al. 2022): Adams-Bashforth on the noise, N + 1 calls.
 
     The first step is Heun's; the slope at its end is not kept, the network is asked there again.
     `averages_velocity` averages what a v-predicting network says, as the reference does. `first`
     is for a run that diffusers cuts short: the sigmas its first step asks at, goes to and asks at
-    again, then those it is taken from and to.
+    again, then those it is taken from and to. `targets` are as for `ddim`, and `starts` the sigmas
+    from which a step would come to where each call is asked: the first step's is the second of
+    them.
     """
     said: list[Array] = []
+    goals = sigmas[1:] if targets is None else targets
     if first is None and len(sigmas) > 2:
-        first = (sigmas[0], sigmas[1], sigmas[1], sigmas[0], sigmas[1])
+        start = sigmas[0] if starts is None else starts[1]
+        first = (sigmas[0], goals[0], sigmas[1], start, sigmas[1])
     for index, (sigma, target) in enumerate(pairwise(sigmas)):
         denoised = denoise(latents, sigma)
         said = [_said(latents, denoised, sigma, averages_velocity), *said[:3]]
@@ -209,7 +215,8 @@ def pndm(
             slope = _slope(mean, latents, start, averages_velocity)
             latents = _told(latents + slope * (end - start), end, target)
         else:
-            latents = latents + slope * (target - sigma)
+            goal = goals[index]
+            latents = _told(latents + slope * (goal - sigma), goal, target)
         yield Step(index, latents, denoised)
 
 

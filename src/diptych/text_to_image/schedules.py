@@ -116,13 +116,18 @@ class Steps:
         earlier than other samplers, and takes what its first step leaves for one step further.
         """
         before, at, beyond = count - 1, count, count + 1
-        whole = self.sigmas
-        sigmas, timesteps = whole[before:at] + whole[beyond:], self.timesteps[beyond:]
-        timesteps = self.timesteps[before:at] + timesteps
-        places = (before, at, at, before, at)
+        whole, settings = self.sigmas, dict(self.settings)
+        targets = settings.get("targets", whole[1:])
+        starts = settings.pop("starts", (whole[0], *whole))
+        asked = before
+        sigmas = whole[before:at] + whole[beyond:]
+        timesteps = self.timesteps[before:at] + self.timesteps[beyond:]
+        goals = targets[before:at] + targets[beyond:]
         if count == 1:
-            sigmas, timesteps, places = whole[1:], self.timesteps[1:], (1, 2, 1, 0, 1)
-        settings = {**self.settings, "first": tuple(whole[place] for place in places)}
+            asked, sigmas, timesteps, goals = at, whole[1:], self.timesteps[1:], targets[1:]
+        settings["first"] = (whole[asked], targets[asked], whole[at], starts[at], whole[at])
+        if "targets" in settings:
+            settings["targets"] = goals
         return replace(self, sigmas=sigmas, timesteps=timesteps, settings=settings)
 
 
@@ -256,13 +261,20 @@ class NoiseSchedule:
         targets = tuple(self._previous_sigma(t - stride) for t in timesteps.tolist())
         # The reference goes `stride` back, which need not be where the next step starts from.
         is_even = targets[:-1] == tuple(sigmas[1:])
+        settings: dict[str, Any] = {}
+        if not is_even and sampler in ("ddim", "pndm"):
+            settings["targets"] = targets
+        if settings and sampler == "pndm":
+            last = self.config.num_train_timesteps - 1
+            before = (min(t + stride, last) for t in timesteps.tolist())
+            settings["starts"] = tuple(self._exact_sigma(t) for t in before)
         return Steps(
             sampler=sampler,
             sigmas=(*sigmas, targets[-1]),
             timesteps=_floats(timesteps),
             initial_scale=math.hypot(sigmas[0], 1),
             final_scale=1 / math.hypot(targets[-1], 1),
-            settings={} if is_even or sampler != "ddim" else {"targets": targets},
+            settings=settings,
         )
 
     def _lcm_steps(self, count: int) -> Steps:
