@@ -92,6 +92,9 @@ def test_what_a_kill_left_is_removed_wherever_it_lies(tmp_path: Path) -> None:
         tmp_path / "docs" / ".thesis.docx.partial",
         tmp_path / ".thesis.docx.partial",
         tmp_path / "checkpoints" / ".git" / "HEAD",
+        # Of a process that is at work.
+        tmp_path / "cache" / "ab" / f".ab02.safetensors.{os.getpid()}.0a1b2c",
+        tmp_path / "cache" / "ab" / "ab03.safetensors",
     ]
     left = [
         tmp_path / ".model.0a1b2c3d.partial" / "config.json",
@@ -100,6 +103,7 @@ def test_what_a_kill_left_is_removed_wherever_it_lies(tmp_path: Path) -> None:
         tmp_path / "checkpoints" / ".step-00000002.old" / "state",
         tmp_path / "checkpoints" / ".step-00000004.0a1b2c3d.partial" / "state",
         tmp_path / ".metrics.jsonl.partial",
+        tmp_path / "cache" / "ab" / ".ab01.safetensors.999999999.0a1b2c",
     ]
     for path in (*kept, *left):
         path.parent.mkdir(parents=True, exist_ok=True)

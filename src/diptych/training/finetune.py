@@ -318,6 +318,23 @@ def _tidy(folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+    for path in (folder / "cache").rglob(".*.safetensors.*"):
+        named = re.fullmatch(r"\.[0-9a-f]+\.safetensors\.(\d+)\.[0-9a-f]{6}", path.name)
+        # Another process of this run may be ahead of this one, and write.
+        if named and not _is_alive(int(named[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    if os.name == "nt":  # where asking would be an interruption
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # of somebody else
+        return True
+    return True
 
 
 def _device(device: str) -> str:
