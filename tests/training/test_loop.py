@@ -25,6 +25,7 @@ from diptych.training.loop import fit
 from diptych.training.optimizers import Group
 from diptych.training.options import GeneratorTrainOptions
 from diptych.training.parallel import Workers
+from diptych.training.report import write_report
 from diptych.training.stopping import Stopped
 from diptych.training.task import Validation
 from diptych.training.workplace import Workplace
@@ -207,7 +208,7 @@ def test_too_many_of_them_end_the_run(tmp_path: Path) -> None:
 
 def test_metrics_are_json_for_every_reader(tmp_path: Path) -> None:
     journal = Journal(tmp_path, 0, tensorboard=False, leads=True)
-    journal.write({"step": 1, "loss": math.nan, "validation": {"loss": math.inf, "t": [1.0]}})
+    journal.write({"step": 1, "loss": math.nan, "validation": {"loss": math.inf, "t": 1.0}})
     journal.close()
 
     def refuse(text: str) -> None:
@@ -215,7 +216,12 @@ def test_metrics_are_json_for_every_reader(tmp_path: Path) -> None:
 
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     found = json.loads(line, parse_constant=refuse)
-    assert found == {"step": 1, "loss": None, "validation": {"loss": None, "t": [1.0]}}
+    assert found == {"step": 1, "loss": None, "validation": {"loss": None, "t": 1.0}}
+    # A run that goes on draws its report from what it reads back.
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert math.isnan(rows[0]["loss"]) and math.isnan(rows[0]["validation"]["loss"])
+    write_report(tmp_path, rows, {})
+    assert (tmp_path / "report.html").stat().st_size > 1000
 
 
 def test_a_rate_that_ruins_the_first_steps_is_told(tmp_path: Path) -> None:

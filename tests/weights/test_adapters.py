@@ -153,6 +153,13 @@ def kohya(prefix: str, path: str, update: Update) -> Tensors:
     return found
 
 
+def numbered(unet: nn.Module, path: str) -> str:
+    """Return the path of a layer with the numbers that ldm gives to blocks."""
+    dialect = ldm_unet({name: getattr(unet.config, name) for name in unet.config.__slots__})
+    (name,) = backwards(dialect, [f"{path}.weight"]).values()
+    return name.removesuffix(".weight")
+
+
 @untraced()
 def places_by_diffusers(tensors: Tensors, config: UNetConfig) -> set[str]:
     """Return `network.path` of every layer, as diffusers understands the names."""
@@ -192,11 +199,9 @@ def test_reads_the_block_numbers_of_ldm(pattern: str, tmp_path: Path) -> None:
     modules = make_modules("sdxl")
     unet = modules["unet"]
     updates = draw_updates({"unet": unet}, pattern)
-    dialect = ldm_unet({name: getattr(unet.config, name) for name in unet.config.__slots__})
     tensors: Tensors = {}
     for (_, path), update in updates.items():
-        (name,) = backwards(dialect, [f"{path}.weight"]).values()
-        tensors |= kohya("lora_unet", name.removesuffix(".weight"), update)
+        tensors |= kohya("lora_unet", numbered(unet, path), update)
     assert any("output_blocks_5_1_transformer_blocks_1" in name for name in tensors)
     assert places_by_diffusers(tensors, unet.config) == {f"unet.{path}" for _, path in updates}
     save_file(tensors, tmp_path / "lora.safetensors")
@@ -222,15 +227,12 @@ def test_a_file_that_names_the_blocks_in_both_ways_is_read_once(tmp_path: Path) 
     modules = make_modules("sdxl")
     unet = modules["unet"]
     updates = draw_updates({"unet": unet}, LOCON)
-    dialect = ldm_unet({name: getattr(unet.config, name) for name in unet.config.__slots__})
     tensors: Tensors = {}
     for (_, path), update in updates.items():
-        (name,) = backwards(dialect, [f"{path}.weight"]).values()
-        other = Update(layers(unet)[path], update.rank, 1.0)  # what is not to be read
-        tensors |= kohya("lora_unet", name.removesuffix(".weight"), other)
+        # What is not to be read.
+        other = Update(layers(unet)[path], update.rank, update.alpha and 1.0)
+        tensors |= kohya("lora_unet", numbered(unet, path), other)
         tensors |= kohya("lora_unet", path, update)
-        if update.alpha is None:
-            tensors.pop(f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}.alpha", None)
     save_file(tensors, tmp_path / "lora.safetensors")
     check_applied(modules, updates, tmp_path / "lora.safetensors")
 

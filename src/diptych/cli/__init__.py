@@ -61,9 +61,11 @@ def main() -> None:
         usage = isinstance(error, BadInput) and not isinstance(error, BadImage)
         sys.exit(USAGE if usage else FAILED)
     except OSError as error:
-        # Files have their own sentences: what is left is the terminal, or what stands for it.
+        # Files have their own sentences, most of them: without a name it is the terminal, or what
+        # stands for it.
         sys.stdout = None
-        complain(f"standard output cannot be written: {error.strerror or error}")
+        what = "standard output cannot be written" if error.filename is None else error.filename
+        complain(f"{what}: {error.strerror or error}")
         sys.exit(FAILED)
     except Exception as error:
         # Click's own complaints: an unknown flag, a missing argument.

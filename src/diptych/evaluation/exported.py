@@ -6,9 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from diptych.errors import QualityLoss
+from diptych.evaluation.adherence import report
 from diptych.evaluation.caption_metrics import score_captions
 from diptych.evaluation.captions import Described
+from diptych.evaluation.image_metrics import psnr, ssim
+from diptych.evaluation.scenes import evaluation_prompts
 from diptych.image_to_text.captioner import Captioner
+from diptych.text_to_image.generator import ImageGenerator
+from diptych.text_to_image.options import GenerateOptions
 from diptych.weights.diffusion import GeneratorFolder
 from diptych.weights.files import ModelFolder
 
@@ -73,12 +78,6 @@ def picture_judge(
     """
 
     def judge(before: GeneratorFolder, after: GeneratorFolder) -> dict[str, Any]:
-        from diptych.evaluation.adherence import report
-        from diptych.evaluation.image_metrics import psnr, ssim
-        from diptych.evaluation.scenes import evaluation_prompts
-        from diptych.text_to_image.generator import ImageGenerator
-        from diptych.text_to_image.options import GenerateOptions
-
         count = scenes if scenes is not None else _SCENES * (before.family == "diptych")
         if not count:
             return {}

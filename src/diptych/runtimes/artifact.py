@@ -154,18 +154,15 @@ def network_entry(path: Path, folder: Path | None = None) -> dict[str, Any]:
     """Return what `artifact.json` says of the network at `path`, and of its weights in `folder`."""
     folder = folder or path.parent
     weights = folder / weights_file(path)
-    entry: dict[str, Any] = file_entry(path)
-    if weights.exists():
-        entry["data"] = file_entry(weights, folder)
-    if weights == data_path(path) and weights.exists():
-        # Counted whenever the model is opened; a checkpoint that is shared may change.
-        entry["data"]["bytes"] = weights.stat().st_size
-    return entry
+    if not weights.exists():
+        return file_entry(path)
+    # Bytes are counted whenever the model is opened; a checkpoint that is shared may change.
+    counted = {"bytes": weights.stat().st_size} if weights == data_path(path) else {}
+    return {**file_entry(path), "data": {**file_entry(weights, folder), **counted}}
 
 
-def file_entry(path: Path, folder: Path | None = None) -> dict[str, str]:
+def file_entry(path: Path, folder: Path | None = None) -> dict[str, Any]:
     """Return the name of a file, from `folder` on, and what it is to be held against."""
     name = path.relative_to(folder or path.parent).as_posix()
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"file": name, "sha256": digest}
+        return {"file": name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

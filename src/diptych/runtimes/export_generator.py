@@ -128,11 +128,10 @@ def export_generator(
             }
             if ranges is not None:
                 report[precision]["rounding"] = describe_rounding(ranges)
-            write_json(staging / "export.json", report)
             _check_bound(precision, report[precision]["pictures"], force)
             if judge is not None and (found := judge(model, describe_generator(staging))):
                 report[precision]["judged"] = found
-                write_json(staging / "export.json", report)
+            write_json(staging / "export.json", report)
     _warn(folder, precision, report[precision]["pictures"])
     return report
 

@@ -61,7 +61,7 @@ class Batch:
     ) -> None:
         self.rows, self.steps = rows, steps
         self._denoise, self._networks, self._noise = denoise, networks, noise
-        self._end = finish
+        self._finish = finish
         self.broken: dict[int, int] = {}
         self._unseen: list[tuple[int, Array]] = []
         self.latents = start
@@ -84,7 +84,7 @@ class Batch:
         if not self.steps.timesteps:
             return self.latents
         latents = self.latents * self.steps.final_scale
-        return latents if self._end is None else self._end(latents)
+        return latents if self._finish is None else self._finish(latents)
 
     def error(self, row: int) -> DiptychError | None:
         """Return what befell a picture, None if it is whole."""

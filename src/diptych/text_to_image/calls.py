@@ -154,7 +154,7 @@ class Calls:
         kind = InpaintOptions if is_inpainting else ImageToImageOptions
         asked = self._asked(kind, options, overrides)
         native = Native(self.defaults, self._autoencoder.downsampling)
-        resolved = native.resolve(asked.replace(width=None, height=None))
+        resolved = native.resolve_all_but_size(asked)
         self._check(resolved, batch_size, on_error)
         if count is not None:
             check_numbers(count, count * resolved.num_images_per_prompt, negative_prompt, noise)
@@ -209,7 +209,7 @@ class Calls:
         # The model's guidance is for drawing from words alone.
         defaults = {**self.defaults, "guidance_scale": None}
         native = Native(defaults, self._autoencoder.downsampling)
-        self._check(native.resolve(asked.replace(width=None, height=None)), None, on_error)
+        self._check(native.resolve_all_but_size(asked), None, on_error)
         subjects = style_subjects(
             cast("Iterable[ImageInput]", contents), styles, mask_image, prompt, asked, native
         )

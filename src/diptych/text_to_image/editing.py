@@ -63,6 +63,10 @@ class Native:
         """Fill every open choice of `asked`."""
         return asked.resolve(self.defaults, multiple_of=self.multiple_of)
 
+    def resolve_all_but_size(self, asked: Options) -> Options:
+        """Fill every open choice of `asked`, whose size is decided picture by picture."""
+        return self.resolve(asked.replace(width=None, height=None))
+
     def size_for(
         self, picture: tuple[int, int], width: int | None, height: int | None
     ) -> tuple[int, int]:
@@ -378,8 +382,7 @@ def _is_less(size: tuple[int, int], picture: tuple[int, int]) -> bool:
 def _impossible(
     prompt: str, asked: GenerateOptions, native: Native, error: DiptychError
 ) -> Subject:
-    resolved = native.resolve(asked.replace(width=None, height=None))
-    return Subject(prompt, resolved, error=error)
+    return Subject(prompt, native.resolve_all_but_size(asked), error=error)
 
 
 def is_one_picture(image: object) -> bool:

@@ -332,8 +332,8 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:  # of somebody else
-        return True
+    except OSError:  # it is of somebody else
+        pass
     return True
 
 

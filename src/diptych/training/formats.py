@@ -471,8 +471,9 @@ def _parquet(path: Path, reading: _Reading) -> Iterator[Example]:
     is_text = str(table.schema_arrow.field(column).type) in ("string", "large_string")
     wanted = [name for name in names if name != column or is_text]
     for number, row in enumerate(table.read(columns=wanted).to_pylist()):
-        reading.check_columns(path, row, reading.texts(row))
-        captions = tuple(text for text in reading.texts(row) or () if text)
+        texts = reading.texts(row)
+        reading.check_columns(path, row, texts)
+        captions = tuple(text for text in texts or () if text)
         split = _split(row, path) or _split_of_file(path, reading)
         if is_text:
             name = str(row[column])

@@ -68,23 +68,23 @@ class Guard:
         lately = sum(few) / len(few)
         # One batch says little of the loss, but not that little.
         if len(few) == _FEW and lately > 30 * self.start + 30:
-            raise BadInput(
-                f"the loss rose from {self.start:.4g} to {lately:.4g} by step {step}: {advice()}"
-            )
+            raise _runs_away(self.start, lately, step, advice)
         if len(self.recent) < _RECENT:
             return
         mean = sum(self.recent) / _RECENT
         if self.first_loss is None:
             self.first_loss = min(mean, 3 * self.start + 1)
         if mean > 3 * self.first_loss and mean > self.first_loss + 1:
-            raise BadInput(
-                f"the loss rose from {self.first_loss:.4g} to {mean:.4g} by step {step}: {advice()}"
-            )
+            raise _runs_away(self.first_loss, mean, step, advice)
 
     def sees_overfitting(self, before: Validation, found: Validation, best: Validation) -> bool:
         """Tell whether validation has risen for a while and training has not."""
         self.rises = self.rises + 1 if found.merit < before.merit else 0
-        known = self.first_loss is not None and len(self.recent) == _RECENT
-        falls = known and sum(self.recent) / _RECENT < (self.first_loss or 0.0)
+        first = self.first_loss  # unknown for the first batches
+        falls = first is not None and sum(self.recent) / _RECENT < first
         is_worse = best.merit - found.merit > 0.02 * abs(best.merit)
         return falls and self.rises >= _RISES and is_worse
+
+
+def _runs_away(first: float, now: float, step: int, advice: Advice) -> BadInput:
+    return BadInput(f"the loss rose from {first:.4g} to {now:.4g} by step {step}: {advice()}")

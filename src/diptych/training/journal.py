@@ -70,21 +70,26 @@ def read_rows(path: Path) -> list[Row]:
         except ValueError:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
+            rows.append(_mapped(row, lambda each: math.nan if each is None else each))
     return rows
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(_mapped(row, _or_null), ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
-    """Return `value` with null for what is no number, which JSON does not know."""
-    if isinstance(value, Mapping):
-        return {name: _finite(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+def _or_null(value: Any) -> Any:
+    """Return None for what is no number, which JSON does not know; `read_rows` gives NaN back."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return `value` with every leaf changed."""
+    if isinstance(value, Mapping):
+        return {name: _mapped(each, change) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_mapped(each, change) for each in value]
+    return change(value)
 
 
 def _flat(row: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
